@@ -1,0 +1,199 @@
+// The Python module lemur_fast._C. Arguments are checked here as far as they can be without knowing the tensors; the
+// torch side, lemur_fast/ops, checks shapes, dtypes and devices before it hands over raw pointers.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "dtype.h"
+#include "packing.h"
+#ifdef LEMUR_FAST_HAS_CUDA
+#include "cuda/self_test.h"
+#endif
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using lemur::DType;
+
+// Pointers cross as integers (Tensor.data_ptr()); 0 means absent.
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+DType dtype_of(const char* name, int code) {
+  if (code < 0 || code > 2) refuse(std::string(name) + ": got " + std::to_string(code) + "; takes a code of _C.DType");
+  return static_cast<DType>(code);
+}
+
+void check_size(const char* name, int64_t value, int64_t least) {
+  if (value < least) {
+    refuse(std::string(name) + ": got " + std::to_string(value) + "; must be at least " + std::to_string(least));
+  }
+}
+
+void check_present(const char* name, std::uintptr_t address, int64_t rows) {
+  if (address == 0 && rows > 0) refuse(std::string(name) + ": got a null pointer");
+}
+
+std::vector<std::string> split(const std::string& names) {
+  std::vector<std::string> parts;
+  std::stringstream stream(names);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = LEMUR_FAST_VERSION;
+  info["build_type"] = LEMUR_FAST_BUILD_TYPE;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  info["cpu_isas"] = split(LEMUR_FAST_CPU_ISAS);
+#ifdef LEMUR_FAST_HAS_CUDA
+  info["cuda"] = LEMUR_FAST_CUDA_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["cuda_archs"] = split(LEMUR_FAST_CUDA_ARCHS);
+  info["cuda_missing"] = LEMUR_FAST_CUDA_MISSING;
+  return info;
+}
+
+void rms_norm_fwd(std::uintptr_t x, int64_t x_stride, std::uintptr_t residual, int64_t residual_stride,
+                  std::uintptr_t weight, std::uintptr_t y, std::uintptr_t h, std::uintptr_t rstd, int64_t rows,
+                  int64_t cols, float eps, int x_dtype, int w_dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 1);
+  check_present("x", x, rows);
+  check_present("weight", weight, rows);
+  check_present("y", y, rows);
+  if (residual) check_present("h", h, rows);
+  const lemur::cpu::RmsNormFwd args{pointer<void>(x),
+                                    x_stride,
+                                    pointer<void>(residual),
+                                    residual_stride,
+                                    pointer<void>(weight),
+                                    pointer<void>(y),
+                                    pointer<void>(h),
+                                    pointer<float>(rstd),
+                                    rows,
+                                    cols,
+                                    eps,
+                                    dtype_of("x_dtype", x_dtype),
+                                    dtype_of("w_dtype", w_dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.rms_norm_fwd(args);
+}
+
+void rms_norm_bwd(std::uintptr_t dy, int64_t dy_stride, std::uintptr_t dh, int64_t dh_stride, std::uintptr_t h,
+                  int64_t h_stride, std::uintptr_t weight, std::uintptr_t rstd, std::uintptr_t dx, std::uintptr_t dw,
+                  int64_t rows, int64_t cols, int x_dtype, int w_dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 1);
+  check_present("dy", dy, rows);
+  check_present("h", h, rows);
+  check_present("weight", weight, rows);
+  check_present("rstd", rstd, rows);
+  check_present("dx", dx, rows);
+  const lemur::cpu::RmsNormBwd args{pointer<void>(dy),
+                                    dy_stride,
+                                    pointer<void>(dh),
+                                    dh_stride,
+                                    pointer<void>(h),
+                                    h_stride,
+                                    pointer<void>(weight),
+                                    pointer<float>(rstd),
+                                    pointer<void>(dx),
+                                    pointer<float>(dw),
+                                    rows,
+                                    cols,
+                                    dtype_of("x_dtype", x_dtype),
+                                    dtype_of("w_dtype", w_dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.rms_norm_bwd(args);
+}
+
+using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+py::tuple best_fit_decreasing(const Lengths& lengths, int64_t capacity) {
+  if (lengths.ndim() != 1) refuse("lengths: got " + std::to_string(lengths.ndim()) + " dimensions; takes one");
+  check_size("capacity", capacity, 1);
+  const int64_t n = lengths.size();
+  const int64_t* data = lengths.data();
+  py::array_t<int64_t> bins(n);
+  int64_t* out = bins.mutable_data();
+  int64_t count = 0;
+  {
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < n; ++i) {
+      if (data[i] < 1 || data[i] > capacity) {
+        refuse("lengths: got " + std::to_string(data[i]) + " at " + std::to_string(i) + "; must lie in [1, " +
+               std::to_string(capacity) + "]");
+      }
+    }
+    count = lemur::best_fit_decreasing(data, n, capacity, out);
+  }
+  return py::make_tuple(bins, count);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of lemur_fast: kernels on raw pointers, free of torch.";
+  m.attr("__version__") = LEMUR_FAST_VERSION;
+
+  py::enum_<DType>(m, "DType", "Codes of the dtypes that kernels take.")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16);
+
+  m.def("build_info", &build_info, "How this module was built: compiler, OpenMP, instruction sets, CUDA and why not.");
+  m.def("best_fit_decreasing", &best_fit_decreasing, "lengths"_a, "capacity"_a,
+        "Packs lengths into bins. Returns (bin of every length, number of bins).");
+
+  auto cpu = m.def_submodule("cpu", "CPU kernels.");
+  cpu.def(
+      "isa", [] { return lemur::cpu::kernels().isa; },
+      "Name of the instruction set in use: the best this CPU has, or LEMUR_FAST_CPU's.");
+  cpu.def("isas", &lemur::cpu::usable_isas, "Instruction sets that were built and that this CPU has, best first.");
+  cpu.def("features", &lemur::cpu::features, "Features of this CPU that matter here.");
+  cpu.def("threads", &lemur::cpu::max_threads, "Threads that the next kernel may use.");
+  cpu.def("rms_norm_fwd", &rms_norm_fwd, "x"_a, "x_stride"_a, "residual"_a, "residual_stride"_a, "weight"_a, "y"_a,
+          "h"_a, "rstd"_a, "rows"_a, "cols"_a, "eps"_a, "x_dtype"_a, "w_dtype"_a,
+          "y, h and rstd of RMSNorm; pointers as integers, 0 for absent; see csrc/cpu/kernels.h.");
+  cpu.def("rms_norm_bwd", &rms_norm_bwd, "dy"_a, "dy_stride"_a, "dh"_a, "dh_stride"_a, "h"_a, "h_stride"_a, "weight"_a,
+          "rstd"_a, "dx"_a, "dw"_a, "rows"_a, "cols"_a, "x_dtype"_a, "w_dtype"_a,
+          "dx and dw of RMSNorm; pointers as integers, 0 for absent; see csrc/cpu/kernels.h.");
+
+#ifdef LEMUR_FAST_HAS_CUDA
+  auto cuda = m.def_submodule("cuda", "CUDA kernels.");
+  cuda.def("driver_version", &lemur::cuda::driver_version,
+           "The driver's CUDA version, 1000 * major + 10 * minor; 0 without a driver.");
+  cuda.def("device_count", &lemur::cuda::device_count, "Number of devices; RuntimeError when CUDA cannot start.");
+  cuda.def("self_test", &lemur::cuda::self_test, "device"_a = 0, py::call_guard<py::gil_scoped_release>(),
+           "Runs a kernel and checks its result. Returns the architecture of the code that ran, such as 90.");
+#endif
+}

@@ -1,0 +1,117 @@
+// Chooses the instruction set at run time. Compiled for the plainest CPU.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
+#ifdef LEMUR_FAST_X86
+#include <cpuid.h>
+#endif
+
+namespace lemur::cpu {
+
+namespace generic {
+extern const Kernels kTable;
+}
+#ifdef LEMUR_FAST_X86
+namespace avx2 {
+extern const Kernels kTable;
+}
+namespace avx512 {
+extern const Kernels kTable;
+}
+#endif
+
+namespace {
+
+#ifdef LEMUR_FAST_X86
+// Whether CPUID's leaf says so. The operating system's leave is asked for by __builtin_cpu_supports("avx"...).
+bool cpuid_bit(unsigned leaf, unsigned(registers)[4], int reg, int bit) {
+  if (!__get_cpuid_count(leaf, 0, &registers[0], &registers[1], &registers[2], &registers[3])) return false;
+  return (registers[reg] >> bit) & 1u;
+}
+
+bool has_f16c() {
+  unsigned registers[4];
+  return __builtin_cpu_supports("avx") && cpuid_bit(1, registers, 2, 29);
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+struct Isa {
+  const Kernels* table;
+  bool usable;
+};
+
+// Best first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = {
+#ifdef LEMUR_FAST_X86
+      {&avx512::kTable, has_avx512()},
+      {&avx2::kTable, has_avx2()},
+#endif
+      {&generic::kTable, true},
+  };
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) {
+    if (isa.usable) names.emplace_back(isa.table->isa);
+  }
+  return names;
+}
+
+const Kernels& kernels() {
+  const char* wanted = std::getenv("LEMUR_FAST_CPU");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  bool built = false;
+  for (const Isa& isa : isas()) {
+    const bool named = !any && std::strcmp(wanted, isa.table->isa) == 0;
+    if (isa.usable && (any || named)) return *isa.table;
+    built = built || named;
+  }
+  std::string takes;
+  for (const std::string& name : usable_isas()) takes += (takes.empty() ? "" : ", ") + name;
+  throw std::invalid_argument(std::string("LEMUR_FAST_CPU: got '") + wanted + "', " +
+                              (built ? "which this CPU lacks" : "which is not an instruction set of this build") +
+                              "; takes " + takes);
+}
+
+std::vector<std::string> features() {
+  std::vector<std::string> names;
+#ifdef LEMUR_FAST_X86
+  const auto add = [&](const char* name, bool present) {
+    if (present) names.emplace_back(name);
+  };
+  unsigned registers[4];
+  add("sse4.2", __builtin_cpu_supports("sse4.2"));
+  add("avx", __builtin_cpu_supports("avx"));
+  add("avx2", __builtin_cpu_supports("avx2"));
+  add("fma", __builtin_cpu_supports("fma"));
+  add("f16c", has_f16c());
+  add("avx512f", __builtin_cpu_supports("avx512f"));
+  add("avx512bw", __builtin_cpu_supports("avx512bw"));
+  add("avx512dq", __builtin_cpu_supports("avx512dq"));
+  add("avx512vl", __builtin_cpu_supports("avx512vl"));
+  add("avx512_vnni", __builtin_cpu_supports("avx512vnni"));
+  add("avx512_bf16", __builtin_cpu_supports("avx512bf16"));
+  add("avx512_fp16", __builtin_cpu_supports("avx512f") && cpuid_bit(7, registers, 3, 23));
+  add("amx_bf16", cpuid_bit(7, registers, 3, 22));
+#elif defined(__aarch64__)
+  names.emplace_back("neon");
+#endif
+  return names;
+}
+
+}  // namespace lemur::cpu

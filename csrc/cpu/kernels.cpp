@@ -1,0 +1,14 @@
+// Compiled once per instruction set: the table of that set's kernels.
+#include "cpu/kernels.h"
+
+#include "cpu/ops.h"
+
+#define LEMUR_STRING_(name) #name
+#define LEMUR_STRING(name) LEMUR_STRING_(name)
+
+namespace lemur::cpu::LEMUR_ISA {
+
+extern const Kernels kTable;
+const Kernels kTable = {LEMUR_STRING(LEMUR_ISA), rms_norm_fwd, rms_norm_bwd};
+
+}  // namespace lemur::cpu::LEMUR_ISA

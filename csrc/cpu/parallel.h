@@ -1,0 +1,41 @@
+// Threads and scratch memory for the kernels.
+//
+// The functions declared here are compiled once, for the plainest CPU: the kernels' own files must not pull in templates
+// of the standard library, because the linker keeps one copy of such a template for all instruction sets, and could keep
+// the one that older CPUs cannot run.
+#pragma once
+
+#include <cstdint>
+
+namespace lemur::cpu {
+
+using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
+
+// Calls fn on ranges that cover [0, n), on as many threads as OpenMP (torch.set_num_threads) gives, but one range at
+// least `grain` long. Which thread runs what does not depend on timing.
+void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context);
+
+template <typename F>
+inline void parallel_for(int64_t n, int64_t grain, F&& body) {
+  parallel_ranges(
+      n, grain,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &body);
+}
+
+// Uninitialised floats, 64-byte aligned, freed at the end of the scope. Throws std::bad_alloc.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// Most threads that parallel_for may use now.
+int max_threads();
+
+}  // namespace lemur::cpu

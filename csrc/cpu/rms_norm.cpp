@@ -1,0 +1,146 @@
+// RMSNorm with an optional residual added first, forward and backward. The pattern for every memory-bound op here.
+//
+//   h = round(x + residual)                      (h = x without a residual)
+//   y = round(h * rstd) * w                      rstd = 1 / sqrt(mean(h^2) + eps), per row
+//
+//   x_hat = h * rstd,  g = w * dy
+//   dx = rstd * (g - x_hat * mean(g * x_hat)) + dh
+//   dw = sum over rows of dy * x_hat
+//
+// The inner rounding, to x's dtype, is Hugging Face's. The backward leaves it out: its x_hat is the fp32 one, which is
+// nearer to the exact gradient. Everything is read from memory once and written once: a row's second pass finds it in
+// the cache.
+#include <cmath>
+
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace lemur::cpu::LEMUR_ISA {
+namespace {
+
+// Elements below which another thread costs more than it brings.
+constexpr int64_t kGrain = 1 << 14;
+
+int64_t rows_per_grain(int64_t cols) { return cols >= kGrain ? 1 : kGrain / cols; }
+
+template <typename X, typename W, bool kResidual>
+void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
+  using Y = typename Promote<X, W>::type;
+  const W* w = static_cast<const W*>(a.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    const X* x = static_cast<const X*>(a.x) + row * a.x_stride;
+    const X* residual = kResidual ? static_cast<const X*>(a.residual) + row * a.residual_stride : nullptr;
+    X* h = kResidual ? static_cast<X*>(a.h) + row * a.cols : nullptr;
+    Y* y = static_cast<Y*>(a.y) + row * a.cols;
+
+    Accumulator squares;
+    for_lanes(a.cols, [&](int64_t i, auto lanes, auto chain) {
+      Vec v = load(x + i, lanes);
+      if constexpr (kResidual) {
+        v = round_to<X>(add(v, load(residual + i, lanes)));
+        store(h + i, v, lanes);
+      }
+      squares.chains[chain.index] = fma(v, v, squares.chains[chain.index]);
+    });
+    const float rstd = 1.f / sqrtf(squares.total() / static_cast<float>(a.cols) + a.eps);
+    if (a.rstd) a.rstd[row] = rstd;
+
+    const X* source = kResidual ? h : x;
+    const Vec scale = broadcast(rstd);
+    for_lanes(a.cols, [&](int64_t i, auto lanes, auto) {
+      const Vec x_hat = round_to<X>(mul(load(source + i, lanes), scale));
+      store(y + i, mul(x_hat, load(w + i, lanes)), lanes);
+    });
+  }
+}
+
+// Rows of one block: their dx, and their share of dw added to `dw` (null when it is not wanted).
+template <typename X, typename W>
+void bwd_rows(const RmsNormBwd& a, int64_t begin, int64_t end, float* dw) {
+  using Y = typename Promote<X, W>::type;
+  const W* w = static_cast<const W*>(a.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    const Y* dy = static_cast<const Y*>(a.dy) + row * a.dy_stride;
+    const X* dh = a.dh ? static_cast<const X*>(a.dh) + row * a.dh_stride : nullptr;
+    const X* h = static_cast<const X*>(a.h) + row * a.h_stride;
+    X* dx = static_cast<X*>(a.dx) + row * a.cols;
+    const float rstd = a.rstd[row];
+
+    Accumulator products;  // of g and h; rstd turns h into x_hat
+    for_lanes(a.cols, [&](int64_t i, auto lanes, auto chain) {
+      const Vec g = mul(load(dy + i, lanes), load(w + i, lanes));
+      products.chains[chain.index] = fma(g, load(h + i, lanes), products.chains[chain.index]);
+    });
+    const float mean = products.total() * rstd / static_cast<float>(a.cols);
+
+    const Vec scale = broadcast(rstd), minus_mean = broadcast(-mean);
+    for_lanes(a.cols, [&](int64_t i, auto lanes, auto) {
+      const Vec dy_i = load(dy + i, lanes);
+      const Vec x_hat = mul(load(h + i, lanes), scale);
+      const Vec g = mul(dy_i, load(w + i, lanes));
+      Vec dx_i = mul(scale, fma(x_hat, minus_mean, g));
+      if (dh) dx_i = add(dx_i, load(dh + i, lanes));
+      store(dx + i, dx_i, lanes);
+      if (dw) store(dw + i, fma(dy_i, x_hat, load(static_cast<const float*>(dw) + i, lanes)), lanes);
+    });
+  }
+}
+
+void fill_zero(float* p, int64_t n) {
+  for_lanes(n, [&](int64_t i, auto lanes, auto) { store(p + i, broadcast(0.f), lanes); });
+}
+
+}  // namespace
+
+void rms_norm_fwd(const RmsNormFwd& a) {
+  with_type(a.x_dtype, [&](auto x_type) {
+    with_type(a.w_dtype, [&](auto w_type) {
+      using X = typename decltype(x_type)::type;
+      using W = typename decltype(w_type)::type;
+      parallel_for(a.rows, rows_per_grain(a.cols), [&](int64_t begin, int64_t end) {
+        a.residual ? fwd_rows<X, W, true>(a, begin, end) : fwd_rows<X, W, false>(a, begin, end);
+      });
+    });
+  });
+}
+
+void rms_norm_bwd(const RmsNormBwd& a) {
+  // dw is summed in blocks of rows, and the blocks in order. Where the blocks lie depends on the number of rows alone,
+  // so that the sum has the same bits whatever the threads do and however many they are.
+  constexpr int64_t kMaxBlocks = 64, kMinRows = 16;
+  const int64_t even_share = (a.rows + kMaxBlocks - 1) / kMaxBlocks;
+  const int64_t block_rows = even_share < kMinRows ? kMinRows : even_share;
+  const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
+  const Scratch partials(a.dw ? blocks * a.cols : 0);
+
+  with_type(a.x_dtype, [&](auto x_type) {
+    with_type(a.w_dtype, [&](auto w_type) {
+      using X = typename decltype(x_type)::type;
+      using W = typename decltype(w_type)::type;
+      const int64_t grain = (rows_per_grain(a.cols) + block_rows - 1) / block_rows;
+      parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          float* dw = a.dw ? partials.data() + block * a.cols : nullptr;
+          if (dw) fill_zero(dw, a.cols);
+          const int64_t first = block * block_rows, past = first + block_rows;
+          bwd_rows<X, W>(a, first, past < a.rows ? past : a.rows, dw);
+        }
+      });
+    });
+  });
+
+  if (!a.dw) return;
+  parallel_for(a.cols, kGrain / (blocks + 1) + 1, [&](int64_t begin, int64_t end) {
+    float* dw = a.dw + begin;
+    fill_zero(dw, end - begin);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* partial = partials.data() + block * a.cols + begin;
+      for_lanes(end - begin, [&](int64_t i, auto lanes, auto) {
+        store(dw + i, add(load(static_cast<const float*>(dw) + i, lanes), load(partial + i, lanes)), lanes);
+      });
+    }
+  });
+}
+
+}  // namespace lemur::cpu::LEMUR_ISA
