@@ -2,8 +2,10 @@
 
 What the environment may say:
 
-- ``LEMUR_FAST_CUDA``: ``0`` leaves CUDA out, ``1`` makes a missing nvcc an error; unset, CUDA is built when nvcc is found.
-- ``LEMUR_FAST_CUDA_ARCHS``: what to compile for, such as ``80;90`` or ``90a``; unset, every architecture we support that nvcc knows.
+- ``LEMUR_FAST_CUDA``: ``0`` leaves CUDA out, ``1`` makes a missing nvcc an error; unset, CUDA is built when nvcc is
+  found.
+- ``LEMUR_FAST_CUDA_ARCHS``: what to compile for, such as ``80;90`` or ``90a``; unset, every architecture we support
+  that nvcc knows.
 - ``CXX``, ``CUDACXX``, ``CUDA_HOME``: where the compilers are, as usual.
 """
 
@@ -43,6 +45,7 @@ class CMakeBuild(build_ext):
     """A ``build_ext`` that hands the one extension over to CMake."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configures, builds, and puts the module where setuptools expects it."""
         cuda = os.environ.get("LEMUR_FAST_CUDA", "auto")
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"lemur_fast: LEMUR_FAST_CUDA is {cuda!r}; it takes 0, 1, or nothing")
@@ -87,5 +90,6 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / target.name, target)
 
 
-# optional: with no compiler at all there is no file to install (see CMakeBuild); a failing compiler still fails the build.
+# optional: with no compiler at all there is no file to install (see CMakeBuild). A compiler that fails still fails the
+# build.
 setup(ext_modules=[Extension("lemur_fast._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
