@@ -1,0 +1,69 @@
+"""Argument checks and dtype rules that the public functions share.
+
+Every check looks at shapes, dtypes, devices and layouts only, never at values: no check costs a device sync.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}; takes a torch.Tensor")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}; takes float32, bfloat16, float16 or float64")
+
+
+def check_integer(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}; takes a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}; takes {' or '.join(map(str, dtypes))}")
+
+
+def check_dims(name: str, tensor: Tensor, layout: str) -> None:
+    """Checks the number of dimensions against a layout such as ``[T, Hq, D]``."""
+    if tensor.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes {layout}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes {list(shape)} ({why})")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}; takes {device}, where the other inputs are")
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor that wants a gradient the op would not compute."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{name}: got a tensor that requires a gradient; takes a constant (detach it)")
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor` with its last dimension contiguous: itself when it is, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics, sums and softmax are taken: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts float tensors to the autocast dtype while autocast is on for their device (matmul-like ops).
+
+    float64 stays, as under torch's own rule.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -1,0 +1,54 @@
+"""How an op enters torch: one `torch.library` namespace, the same three steps for every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("lemur_fast", "DEF")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Defines the operator ``lemur_fast::<schema>``.
+
+    Args:
+        schema: name and signature; functional, so no argument is mutated and no output aliases an input.
+        implementation: runs it on real tensors of any device.
+        fake: gives the outputs' shapes, dtypes and strides for tracing.
+    """
+    name = schema[: schema.index("(")]
+
+    def run(*args: Any) -> Any:
+        # Autocast stays active inside an operator. The dtypes were settled by the public function, and a composed
+        # implementation must not have its float32 products turned into bfloat16 behind its back.
+        device_type = _device_type(args)
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lemur_fast::{name}", fake, lib=_LIBRARY)
+
+
+def _device_type(args: tuple) -> str:
+    return next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+
+
+def differentiable(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives the operator `name` its gradient formula."""
+    torch.library.register_autograd(f"lemur_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def once_differentiable(name: str) -> None:
+    """Makes differentiating the backward operator `name` an error: a silent zero would train a wrong model."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"lemur_fast::{name}: double backward is not supported")
+
+    torch.library.register_autograd(
+        f"lemur_fast::{name}", backward, setup_context=lambda ctx, inputs, output: None, lib=_LIBRARY
+    )

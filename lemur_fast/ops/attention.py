@@ -1,0 +1,576 @@
+"""Attention over packed documents, causal by default, with grouped-query heads, window and softcap.
+
+Document i holds the queries ``cu_seqlens[i]:cu_seqlens[i+1]`` and the keys ``cu_seqlens_k[i]:cu_seqlens_k[i+1]``.
+With lq queries and lk keys, query r stands at key position r + lk - lq (bottom-right alignment). For the queries of one head:
+
+    s    = scale * q @ k.T            s = c * tanh(s / c) with a softcap c
+    s_rj = -inf where j > position (causal) or j <= position - window
+    p    = softmax(s)                 lse = logsumexp(s)
+    out  = p @ v
+
+Backward, with delta = rowsum(out * dout) - dlse:
+
+    dv = p.T @ dout       ds = p * (dout @ v.T - delta), times 1 - (s / c)^2 with a softcap
+    dq = scale * ds @ k   dk = scale * ds.T @ q
+
+A query that sees no key has out 0 and lse -inf. Tokens past ``cu_seqlens[-1]`` are a tail with out 0, lse -inf and
+gradients 0.
+
+Sources: Dao, "FlashAttention-2", 2023, arXiv 2307.08691 (forward and backward from lse); Ainslie et al., "GQA", 2023,
+arXiv 2305.13245; softcap, Gemma 2, arXiv 2408.00118.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import (
+    check_device,
+    check_dims,
+    check_float,
+    check_integer,
+    check_shape,
+    compute_dtype,
+    to_autocast_dtype,
+)
+from lemur_fast.ops._registration import define, differentiable, once_differentiable
+
+MAX_HEAD_DIM = 256
+
+
+class AttentionOptions(NamedTuple):
+    """The numbers that shape attention; `window` 0 and `softcap` 0 stand for none."""
+
+    causal: bool
+    window: int
+    softcap: float
+    scale: float
+
+
+class _Document(NamedTuple):
+    """A document's slices of the packed queries and keys."""
+
+    q0: int
+    lq: int
+    k0: int
+    lk: int
+
+
+# ---- reference: one block of queries against the keys it can see -----------------------------------------------------
+
+
+def _documents(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> list[_Document]:
+    """Documents that hold at least one query and one key. On a GPU this costs a sync."""
+    q_ends, k_ends = cu_seqlens.tolist(), cu_seqlens_k.tolist()
+    documents = [
+        _Document(q0, q1 - q0, k0, k1 - k0)
+        for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
+    ]
+    return [document for document in documents if document.lq and document.lk]
+
+
+class _Block(NamedTuple):
+    """Rows of queries and the range of keys that any of them can see, with the mask inside it."""
+
+    queries: slice
+    keys: slice
+    hidden: Tensor | None  # [rows, keys], True where a query must not see a key
+
+
+def _blocks(document: _Document, options: AttentionOptions, rows: int, device: torch.device) -> Iterator[_Block]:
+    q0, lq, k0, lk = document
+    for first in range(0, lq, rows):
+        last = min(first + rows, lq)
+        position = torch.arange(first, last, device=device) + (lk - lq)
+        low, high = 0, lk
+        if options.causal:
+            high = min(lk, last + lk - lq)
+            if options.window:
+                low = max(0, first + lk - lq - options.window + 1)
+        if high <= low:  # more queries than keys: the first ones see nothing
+            continue
+        hidden = None
+        if options.causal:
+            key = torch.arange(low, high, device=device)
+            hidden = key[None, :] > position[:, None]
+            if options.window:
+                hidden |= key[None, :] <= position[:, None] - options.window
+        yield _Block(slice(q0 + first, q0 + last), slice(k0 + low, k0 + high), hidden)
+
+
+def _scores(q: Tensor, k: Tensor, block: _Block, options: AttentionOptions) -> Tensor:
+    """[Hk, G, rows, keys]; capped, not masked."""
+    scores = torch.einsum("qhgd,khd->hgqk", q, k) * options.scale
+    return options.softcap * torch.tanh(scores / options.softcap) if options.softcap else scores
+
+
+def _grouped(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[rows, Hq, D] -> [rows, Hk, G, D]."""
+    return x.to(dtype).unflatten(1, (kv_heads, -1))
+
+
+def _block_forward(
+    q: Tensor, k: Tensor, v: Tensor, block: _Block, options: AttentionOptions, out: Tensor, lse: Tensor
+) -> None:
+    wide = compute_dtype(q.dtype)
+    rows, keys, hidden = block
+    scores = _scores(_grouped(q[rows], k.shape[1], wide), k[keys].to(wide), block, options)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    block_lse = torch.logsumexp(scores, -1)
+    sees_nothing = block_lse == -torch.inf
+    p = torch.exp(scores - block_lse.masked_fill(sees_nothing, 0.0)[..., None])
+    out[rows] = torch.einsum("hgqk,khd->qhgd", p, v[keys].to(wide)).flatten(1, 2).to(out.dtype)
+    lse[:, rows] = block_lse.flatten(0, 1)
+
+
+def _block_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: _Block,
+    options: AttentionOptions,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes dq of the block's rows; adds to dk and dv, which are wide."""
+    wide = compute_dtype(q.dtype)
+    rows, keys, hidden = block
+    kv_heads = k.shape[1]
+    q_rows, dout_rows = _grouped(q[rows], kv_heads, wide), _grouped(dout[rows], kv_heads, wide)
+    k_wide, v_wide = k[keys].to(wide), v[keys].to(wide)
+    scores = _scores(q_rows, k_wide, block, options)
+    # A row that sees nothing has lse -inf; +inf in its place makes every p of it 0.
+    block_lse = lse[:, rows].unflatten(0, (kv_heads, -1))
+    p = torch.exp(scores - block_lse.masked_fill(block_lse == -torch.inf, torch.inf)[..., None])
+    if hidden is not None:
+        p = p.masked_fill(hidden, 0.0)
+    delta = (dout_rows * _grouped(out[rows], kv_heads, wide)).sum(-1).permute(1, 2, 0)
+    if dlse is not None:
+        delta = delta - dlse[:, rows].to(wide).unflatten(0, (kv_heads, -1))
+    ds = p * (torch.einsum("qhgd,khd->hgqk", dout_rows, v_wide) - delta[..., None])
+    if options.softcap:
+        ds = ds * (1 - (scores / options.softcap).square())
+    ds = ds * options.scale
+    dq[rows] = torch.einsum("hgqk,khd->qhgd", ds, k_wide).flatten(1, 2).to(dq.dtype)
+    dk[keys] += torch.einsum("hgqk,qhgd->khd", ds, q_rows)
+    dv[keys] += torch.einsum("hgqk,qhgd->khd", p, dout_rows)
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """What a query that sees nothing gets: out 0, lse -inf."""
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=compute_dtype(q.dtype))
+    return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _blockwise_forward(
+    q: Tensor, k: Tensor, v: Tensor, documents: list[_Document], options: AttentionOptions, rows: int
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_outputs(q)
+    for document in documents:
+        for block in _blocks(document, options, rows, q.device):
+            _block_forward(q, k, v, block, options, out, lse)
+    return out, lse
+
+
+def _blockwise_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: list[_Document],
+    options: AttentionOptions,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = compute_dtype(q.dtype)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
+    for document in documents:
+        for block in _blocks(document, options, rows, q.device):
+            _block_backward(dout, dlse, q, k, v, out, lse, block, options, dq, dk, dv)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch, a whole document at a time: (out, lse)."""
+    return _blockwise_forward(q, k, v, _documents(cu_seqlens, cu_seqlens_k), options, max(q.shape[0], 1))
+
+
+def attention_backward_reference(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) by the formulas above."""
+    documents = _documents(cu_seqlens, cu_seqlens_k)
+    return _blockwise_backward(dout, dlse, q, k, v, out, lse, documents, options, max(q.shape[0], 1))
+
+
+# ---- CPU -------------------------------------------------------------------------------------------------------------
+# torch's CPU flash attention serves full causal and full bidirectional documents. Its products are compiled anew for
+# every length it has not met (tens of milliseconds), and a call costs about as much as a document of 64 tokens. So
+# documents are padded up to one of a few lengths, and those of one padded length share a call. Pad keys come after
+# every real one: the causal mask hides them, an additive mask does where there is none. Pad queries are dropped; their
+# dout is 0.
+# Windows, softcaps, lq != lk under a causal mask and gradients of lse go block by block.
+
+_BLOCK_ROWS = 128
+
+
+class _Group(NamedTuple):
+    """Documents of one padded length: `queries` and `keys` are token indices [n, L] (a pad repeats the last token)."""
+
+    queries: Tensor
+    keys: Tensor
+    real_queries: Tensor  # [n, L] bool
+    real_keys: Tensor
+
+
+def _padded_length(length: int) -> int:
+    """The next of 16, 32, 64, then multiples of 64, 128 above 1024 and 256 above 2048: at most 1/8 more beyond 512."""
+    if length <= 64:
+        return max(16, 1 << (length - 1).bit_length())
+    step = 64 if length <= 1024 else 128 if length <= 2048 else 256
+    return -(-length // step) * step
+
+
+def _token_indices(starts: list[int], lengths: list[int], padded: int) -> tuple[Tensor, Tensor]:
+    offset = torch.arange(padded)
+    length = torch.tensor(lengths)[:, None]
+    return torch.tensor(starts)[:, None] + torch.minimum(offset, length - 1), offset < length
+
+
+def _groups(documents: list[_Document]) -> list[_Group]:
+    by_length: dict[tuple[int, int], list[_Document]] = {}
+    for document in documents:
+        by_length.setdefault((_padded_length(document.lq), _padded_length(document.lk)), []).append(document)
+    groups = []
+    for (padded_q, padded_k), members in by_length.items():
+        q_starts, q_lengths, k_starts, k_lengths = (list(column) for column in zip(*members, strict=True))
+        queries, real_queries = _token_indices(q_starts, q_lengths, padded_q)
+        keys, real_keys = _token_indices(k_starts, k_lengths, padded_k)
+        groups.append(_Group(queries, keys, real_queries, real_keys))
+    return groups
+
+
+def _rows(x: Tensor, index: Tensor, kv_heads: int) -> Tensor:
+    """[T, H, D] -> [n * Hk, G, L, D]: the key heads join the batch, so that a group's queries share a key head."""
+    n, length = index.shape
+    if n == 1 and int(index[0, -1]) - int(index[0, 0]) + 1 == length:  # no pads: a view will do
+        rows = x[int(index[0, 0]) : int(index[0, -1]) + 1]
+    else:
+        rows = x.index_select(0, index.flatten())
+    rows = rows.view(n, length, kv_heads, -1, x.shape[-1]).permute(0, 2, 3, 1, 4)
+    return rows.reshape(n * kv_heads, -1, length, x.shape[-1])
+
+
+def _unrows(x: Tensor, n: int) -> Tensor:
+    """[n * Hk, G, L, D] -> [n, L, Hk * G, D]."""
+    return x.unflatten(0, (n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _mask(group: _Group, kv_heads: int, causal: bool, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask that hides pad keys where causality does not."""
+    if causal or bool(group.real_keys.all()):
+        return None
+    mask = torch.zeros(group.real_keys.shape, dtype=dtype).masked_fill_(~group.real_keys, -torch.inf)
+    return mask.repeat_interleave(kv_heads, 0)[:, None, None]
+
+
+def _flash_inputs(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
+    q_rows = _rows(q, group.queries, kv_heads)
+    k_rows, v_rows = (_rows(x, group.keys, kv_heads) for x in (k, v))
+    shape = (-1, repeat, -1, -1)
+    return q_rows, k_rows.expand(shape), v_rows.expand(shape)
+
+
+def _flash_serves(documents: list[_Document], options: AttentionOptions) -> bool:
+    if options.softcap:
+        return False
+    if not options.causal:
+        return True
+    longest = max((document.lk for document in documents), default=0)
+    if options.window and options.window < longest:
+        return False
+    return all(document.lq == document.lk for document in documents)
+
+
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    documents = _documents(cu_seqlens, cu_seqlens_k)
+    if not _flash_serves(documents, options):
+        return _blockwise_forward(q, k, v, documents, options, _BLOCK_ROWS)
+    out, lse = _empty_outputs(q)
+    kv_heads = k.shape[1]
+    for group in _groups(documents):
+        mask = _mask(group, kv_heads, options.causal, q.dtype)
+        inputs = _flash_inputs(q, k, v, group)
+        group_out, group_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *inputs, 0.0, options.causal, attn_mask=mask, scale=options.scale
+        )
+        n = group.queries.shape[0]
+        real = group.real_queries
+        tokens = group.queries[real]
+        out[tokens] = _unrows(group_out, n)[real]
+        lse[:, tokens] = _unrows(group_lse[..., None], n)[real][..., 0].T
+    return out, lse
+
+
+def _cpu_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    documents = _documents(cu_seqlens, cu_seqlens_k)
+    if dlse is not None or not _flash_serves(documents, options):
+        return _blockwise_backward(dout, dlse, q, k, v, out, lse, documents, options, _BLOCK_ROWS)
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    kv_heads = k.shape[1]
+    for group in _groups(documents):
+        mask = _mask(group, kv_heads, options.causal, q.dtype)
+        inputs = _flash_inputs(q, k, v, group)
+        n = group.queries.shape[0]
+        dout_rows, out_rows = (_rows(x, group.queries, kv_heads) for x in (dout, out))
+        if not bool(group.real_queries.all()):
+            pads = (~group.real_queries).repeat_interleave(kv_heads, 0)[:, None, :, None]
+            dout_rows = dout_rows.masked_fill(pads, 0.0)
+        # The kernel expects lse as its forward lays it out: [batch, heads, L] with the heads side by side.
+        lse_rows = _rows(lse.T[..., None], group.queries, kv_heads)[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
+        group_dq, group_dk, group_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout_rows, *inputs, out_rows, lse_rows, 0.0, options.causal, attn_mask=mask, scale=options.scale
+        )
+        dq[group.queries[group.real_queries]] = _unrows(group_dq, n)[group.real_queries]
+        keys = group.keys[group.real_keys]
+        dk[keys] = _unrows(group_dk.sum(1, keepdim=True), n)[group.real_keys]
+        dv[keys] = _unrows(group_dv.sum(1, keepdim=True), n)[group.real_keys]
+    return dq, dk, dv
+
+
+def _cpu_refuses(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None if device_type == "cpu" else "needs CPU tensors"
+
+
+register_backend("attention", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend(
+    "attention",
+    "reference",
+    refuse=serves_any,
+    forward=attention_reference,
+    backward=attention_backward_reference,
+)
+
+# ---- registration and autograd ---------------------------------------------------------------------------------------
+
+
+def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises for bounds that do not describe documents, where looking is free (CPU) or asked for (debug mode)."""
+    if cu_seqlens.device.type != "cpu" and not debug_enabled():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name}: got {bounds[0]} at position 0; must start at 0")
+    for at, (low, high) in enumerate(pairwise(bounds), 1):
+        if high < low:
+            raise ValueError(f"{name}: got {high} after {low} at position {at}; must not decrease")
+    if bounds[-1] > tokens:
+        raise ValueError(f"{name}: got {bounds[-1]} as its last value; takes at most {tokens}, the number of tokens")
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0])
+    _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    options = AttentionOptions(causal, window, softcap, scale)
+    return implementation("attention", backend, "forward")(q, k, v, cu_seqlens, cu_seqlens_k, options)
+
+
+def _attention_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
+
+
+def _attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    window: int,
+    softcap: float,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = AttentionOptions(causal, window, softcap, scale)
+    backward = implementation("attention", backend, "backward")
+    return backward(dout, dlse, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, options)
+
+
+def _attention_bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, bool causal, int window,"
+    " float softcap, float scale, str backend) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+define(
+    "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
+    " Tensor cu_seqlens_k, bool causal, int window, float softcap, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _attention_bwd,
+    _attention_bwd_fake,
+)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
+    ctx.set_materialize_grads(False)  # a dlse of None leaves the fast backward open
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    q, k, v, out, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    gradients = torch.ops.lemur_fast.attention_bwd(
+        dout, dlse, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, *ctx.options
+    )
+    return *gradients, *(None,) * 7
+
+
+differentiable("attention", _backward, _save)
+once_differentiable("attention_bwd")
+
+# ---- public ----------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which every document of a packed batch attends to itself alone.
+
+    Under autocast q, k and v are cast to the autocast dtype.
+
+    Args:
+        q: ``[T, Hq, D]``, D <= 256; any strides with a contiguous last dimension cost no copy.
+        k: ``[S, Hk, D]``, Hk divides Hq: query head h uses key head h // (Hq / Hk).
+        v: shape of `k`.
+        cu_seqlens: ``[num_docs + 1]`` int32, from 0, never decreasing: document i holds the queries
+            ``cu_seqlens[i]:cu_seqlens[i+1]``. Repeats are empty documents. Queries past the last value get 0.
+        cu_seqlens_k: the same for the keys; `cu_seqlens` by default, and then S must be T.
+        causal: a query sees no key after its own position, aligned bottom-right where a document has other numbers of
+            queries and keys.
+        window: with `causal`, the query sees this many latest keys, its own included; None for all.
+        softcap: c, scores become ``c * tanh(scores / c)``; None for none.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        ``out [T, Hq, D]`` in the dtype of q; with `return_lse` also ``lse [Hq, T]``, float32 (float64 for float64),
+        natural log, -inf for a query that sees nothing; differentiable.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a shape, device or option does not fit; on the CPU (elsewhere under ``LEMUR_FAST_DEBUG=1``) also
+            `cu_seqlens` that decreases or passes the number of tokens.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float(name, tensor)
+        check_device(name, tensor, q.device)
+    check_dims("q", q, "[T, Hq, D]")
+    check_dims("k", k, "[S, Hk, D]")
+    tokens, heads, head_dim = q.shape
+    if not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: got head dimension {head_dim}; takes 1 to {MAX_HEAD_DIM}")
+    kv_heads = k.shape[1]
+    check_shape("k", k, (k.shape[0], kv_heads, head_dim), "the head dimension of q")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
+    check_shape("v", v, tuple(k.shape), "the shape of k")
+    check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
+    check_dims("cu_seqlens", cu_seqlens, "[num_docs + 1]")
+    check_device("cu_seqlens", cu_seqlens, q.device)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens: got shape [0]; takes [num_docs + 1]")
+    if cu_seqlens_k is None:
+        if k.shape[0] != tokens:
+            raise ValueError(f"k: got {k.shape[0]} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
+        cu_seqlens_k = cu_seqlens
+    else:
+        check_integer("cu_seqlens_k", cu_seqlens_k, (torch.int32,))
+        check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "the shape of cu_seqlens")
+        check_device("cu_seqlens_k", cu_seqlens_k, q.device)
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window: got {window} with causal={causal}; takes at least 1, with causal=True")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: got {softcap}; must be positive, or None for no cap")
+    q, k, v = to_autocast_dtype(q, k, v)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}; takes {q.dtype}, the dtype of q")
+    backend = choose("attention", q.device, q.dtype, head_dim=head_dim)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    out, lse = torch.ops.lemur_fast.attention(
+        q, k, v, cu_seqlens, cu_seqlens_k, causal, window or 0, softcap or 0.0, scale, backend
+    )
+    return (out, lse) if return_lse else out

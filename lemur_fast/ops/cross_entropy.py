@@ -1,0 +1,208 @@
+"""Cross-entropy from logits, with label smoothing, z-loss, softcap and token weights.
+
+The formula and its gradient stand in `lemur_fast.ops._loss`. The operator yields the loss of every token; weights and
+reductions are applied to those ``[T]`` numbers in plain torch, so their gradients come from autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import check_dims, check_float, compute_dtype
+from lemur_fast.ops._loss import (
+    LossOptions,
+    LossStats,
+    TokenLoss,
+    check_label_values,
+    check_labels,
+    divide_by_items,
+    empty_token_loss,
+    loss_options,
+    rows_per_chunk,
+    token_loss_backward_reference,
+    token_loss_reference,
+    trained_rows_loss,
+    trained_weight,
+)
+from lemur_fast.ops._registration import define, differentiable, once_differentiable
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+# forward: (logits [T, V], labels [T], options, want_stats) -> TokenLoss; backward: (dloss [T], logits, labels, lse,
+# options) -> dlogits [T, V]. The reference is `token_loss_reference`.
+
+
+def _cpu_forward(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool) -> TokenLoss:
+    result = empty_token_loss(logits, labels.numel(), want_stats)
+    for rows in (labels != options.ignore_index).nonzero()[:, 0].split(rows_per_chunk(logits.shape[1])):
+        chunk = trained_rows_loss(logits[rows], labels[rows], options, want_stats)
+        for whole, part in zip(result, chunk, strict=True):
+            if whole.numel():
+                whole[rows] = part
+    return result
+
+
+def _cpu_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+    dlogits = logits.new_zeros(logits.shape)
+    for rows in (labels != options.ignore_index).nonzero()[:, 0].split(rows_per_chunk(logits.shape[1])):
+        chunk = logits[rows]
+        trained_rows_loss(chunk, labels[rows], options, False, dloss[rows], grad_out=chunk)
+        dlogits[rows] = chunk
+    return dlogits
+
+
+def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    return None if device_type == "cpu" else "needs CPU tensors"
+
+
+register_backend("cross_entropy", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend(
+    "cross_entropy",
+    "reference",
+    refuse=serves_any,
+    forward=token_loss_reference,
+    backward=token_loss_backward_reference,
+)
+
+# ---- registration and autograd ---------------------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    want_stats: bool,
+    backend: str,
+) -> TokenLoss:
+    check_label_values(labels, logits.shape[1], ignore_index)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    return implementation("cross_entropy", backend, "forward")(logits, labels.long(), options, want_stats)
+
+
+def _cross_entropy_fake(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    want_stats: bool,
+    backend: str,
+) -> TokenLoss:
+    return empty_token_loss(logits, logits.shape[0], want_stats)
+
+
+def _cross_entropy_bwd(
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    return implementation("cross_entropy", backend, "backward")(dloss, logits, labels.long(), lse, options)
+
+
+def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+define(
+    "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss, float softcap,"
+    " bool want_stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _cross_entropy,
+    _cross_entropy_fake,
+)
+define(
+    "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index,"
+    " float label_smoothing, float z_loss, float softcap, str backend) -> Tensor",
+    _cross_entropy_bwd,
+    _cross_entropy_bwd_fake,
+)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, *ctx.options, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
+    logits, labels, lse = ctx.saved_tensors
+    dlogits = torch.ops.lemur_fast.cross_entropy_bwd(dloss, logits, labels, lse, *ctx.options, ctx.backend)
+    return dlogits, None, None, None, None, None, None, None
+
+
+differentiable("cross_entropy", _backward, _save)
+once_differentiable("cross_entropy_bwd")
+
+# ---- public ----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+    num_items: Tensor | float | int | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Cross-entropy of ``labels`` under ``softmax(logits)``.
+
+    Per token, with x the logits after softcap: ``w * [(1-e)(lse - x_y) + e(lse - mean_v x) + z * lse^2]``.
+
+    Args:
+        logits: ``[T, V]``.
+        labels: ``[T]`` int64 or int32, the target of each row (already shifted); `ignore_index` where there is none.
+        ignore_index: label of rows that do not train.
+        label_smoothing: e, 0 to 1.
+        z_loss: z, factor of the squared log-sum-exp.
+        softcap: c, logits become ``c * tanh(logits / c)``; None for none.
+        weights: ``[T]``, a factor for each token's loss; gradients flow into it when it wants them.
+        num_items: what ``mean`` divides by (tokens trained in the whole step, across micro-batches and processes);
+            a tensor stays on its device. Default: the sum of the weights of the trained tokens here.
+        reduction: ``"mean"`` (0 when nothing is trained), ``"sum"`` or ``"none"``.
+        return_stats: also return `LossStats`.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), a scalar, or ``[T]`` for ``"none"``; with `return_stats` a
+        pair of it and `LossStats`.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a shape, device or option does not fit; on the CPU also a label outside the vocabulary.
+    """
+    check_float("logits", logits)
+    check_dims("logits", logits, "[T, V]")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits: got shape {list(logits.shape)}; takes [T, V] with V > 0")
+    check_labels(labels, weights, logits.shape[0], logits.device)
+    options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
+    backend = choose("cross_entropy", logits.device, logits.dtype)
+    loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
+    if weights is not None:
+        # where: 0 * weight would be NaN for an infinite weight of a token that does not train
+        loss = torch.where(labels != ignore_index, loss * weights.to(loss.dtype), 0.0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        items = None
+        if num_items is None:
+            items = trained_weight(labels, weights, ignore_index, compute_dtype(logits.dtype))
+        loss = divide_by_items(loss, num_items, items)
+    return (loss, LossStats(*stats)) if return_stats else loss

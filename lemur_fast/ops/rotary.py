@@ -1,0 +1,190 @@
+"""Rotary position embedding of queries and keys, in one call.
+
+With D the head dimension and columns paired as (i, i + D/2), or as (2i, 2i + 1) when interleaved:
+
+    x'_a = x_a * cos_a - x_b * sin_a            x'_b = x_b * cos_b + x_a * sin_b
+
+Backward is the transpose:
+
+    dx_a = dx'_a * cos_a + dx'_b * sin_b        dx_b = dx'_b * cos_b - dx'_a * sin_a
+
+Source: Su et al., "RoFormer", 2021, arXiv 2104.09864; the pairing (i, i + D/2) is Hugging Face's LLaMA's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import check_constant, check_device, check_dims, check_float, check_shape, compute_dtype
+from lemur_fast.ops._registration import define, differentiable, once_differentiable
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second element of every pair, each [..., D/2]."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _tables(table: Tensor, head_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two halves of cos or sin, each [T, 1, D/2]; a table of D/2 columns serves both."""
+    a, b = _pairs(table, interleaved) if table.shape[-1] == head_dim else (table, table)
+    return a[:, None], b[:, None]
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """The formula in plain torch for one of q, k ``[T, heads, D]``."""
+    out_dtype = torch.promote_types(x.dtype, cos.dtype)
+    wide = compute_dtype(out_dtype)
+    (x_a, x_b) = _pairs(x.to(wide), interleaved)
+    (cos_a, cos_b), (sin_a, sin_b) = (_tables(t.to(wide), x.shape[-1], interleaved) for t in (cos, sin))
+    rotated_a, rotated_b = x_a * cos_a - x_b * sin_a, x_b * cos_b + x_a * sin_b
+    joined = torch.stack((rotated_a, rotated_b), -1) if interleaved else torch.stack((rotated_a, rotated_b), -2)
+    return joined.flatten(-2).to(out_dtype)
+
+
+def rotary_backward_reference(dx: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
+    """The transposed rotation: the forward formula with sin's halves swapped and negated."""
+    sin_a, sin_b = (t[:, 0] for t in _tables(sin, dx.shape[-1], interleaved))
+    swapped = torch.stack((-sin_b, -sin_a), -1 if interleaved else -2).flatten(-2)
+    return rotary_reference(dx, cos, swapped, interleaved).to(dtype)
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+# forward: (x, cos, sin, interleaved) -> x'; backward: (dx', cos, sin, interleaved, dtype) -> dx
+
+
+def _cpu_forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Four multiply-adds straight into the output: no temporary of the size of x."""
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
+    x_a, x_b = _pairs(x, interleaved)
+    out_a, out_b = _pairs(out, interleaved)
+    (cos_a, cos_b), (sin_a, sin_b) = (_tables(t, x.shape[-1], interleaved) for t in (cos, sin))
+    torch.mul(x_a, cos_a, out=out_a).addcmul_(x_b, sin_a, value=-1)
+    torch.mul(x_b, cos_b, out=out_b).addcmul_(x_a, sin_b)
+    return out
+
+
+def _cpu_backward(dx: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(dx, memory_format=torch.contiguous_format)
+    d_a, d_b = _pairs(dx, interleaved)
+    out_a, out_b = _pairs(out, interleaved)
+    (cos_a, cos_b), (sin_a, sin_b) = (_tables(t, dx.shape[-1], interleaved) for t in (cos, sin))
+    torch.mul(d_a, cos_a, out=out_a).addcmul_(d_b, sin_b)
+    torch.mul(d_b, cos_b, out=out_b).addcmul_(d_a, sin_a, value=-1)
+    return out.to(dtype)
+
+
+def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    return None if device_type == "cpu" else "needs CPU tensors"
+
+
+register_backend("rotary", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("rotary", "reference", refuse=serves_any, forward=rotary_reference, backward=rotary_backward_reference)
+
+# ---- registration and autograd ---------------------------------------------------------------------------------------
+
+
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> tuple[Tensor, Tensor]:
+    forward = implementation("rotary", backend, "forward")
+    return forward(q, cos, sin, interleaved), forward(k, cos, sin, interleaved)
+
+
+def _rotary_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, cos.dtype)
+    return q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
+
+
+def _rotary_bwd(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    backward = implementation("rotary", backend, "backward")
+    return backward(dq, cos, sin, interleaved, dtype), backward(dk, cos, sin, interleaved, dtype)
+
+
+def _rotary_bwd_fake(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    return dq.new_empty(dq.shape, dtype=dtype), dk.new_empty(dk.shape, dtype=dtype)
+
+
+define(
+    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, str backend) -> (Tensor, Tensor)",
+    _rotary,
+    _rotary_fake,
+)
+define(
+    "rotary_bwd(Tensor dq, Tensor dk, Tensor cos, Tensor sin, bool interleaved, ScalarType dtype, str backend)"
+    " -> (Tensor, Tensor)",
+    _rotary_bwd,
+    _rotary_bwd_fake,
+)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, _, cos, sin, ctx.interleaved, ctx.backend = inputs
+    ctx.dtype = q.dtype
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple:
+    cos, sin = ctx.saved_tensors
+    dq, dk = torch.ops.lemur_fast.rotary_bwd(dq, dk, cos, sin, ctx.interleaved, ctx.dtype, ctx.backend)
+    return dq, dk, None, None, None, None
+
+
+differentiable("rotary", _backward, _save)
+once_differentiable("rotary_bwd")
+
+# ---- public ----------------------------------------------------------------------------------------------------------
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys by their positions.
+
+    Args:
+        q: ``[T, Hq, D]``, D even; any strides.
+        k: ``[T, Hk, D]``, dtype of `q`.
+        cos: ``[T, D]``, or ``[T, D/2]`` when both elements of a pair share an angle, as they always do in LLaMA.
+            A constant: it gets no gradient.
+        sin: as `cos`.
+        interleaved: pair columns (2i, 2i + 1), as GPT-J and Meta's own LLaMA code, instead of (i, i + D/2).
+
+    Returns:
+        The rotated q and k; dtype by torch's promotion of q with cos.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype.
+        ValueError: shapes, dtypes or devices do not fit, or cos or sin requires a gradient.
+    """
+    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        check_float(name, tensor)
+        check_device(name, tensor, q.device)
+    check_dims("q", q, "[T, Hq, D]")
+    check_dims("k", k, "[T, Hk, D]")
+    tokens, _, head_dim = q.shape
+    if head_dim % 2:
+        raise ValueError(f"q: got head dimension {head_dim}; must be even")
+    check_shape("k", k, (tokens, k.shape[1], head_dim), "tokens and head dimension of q")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k: got dtype {k.dtype}; takes {q.dtype}, the dtype of q")
+    if cos.dim() != 2 or cos.shape[1] not in (head_dim, head_dim // 2) or cos.shape[0] != tokens:
+        raise ValueError(
+            f"cos: got shape {list(cos.shape)}; takes [{tokens}, {head_dim}] or [{tokens}, {head_dim // 2}]"
+        )
+    check_shape("sin", sin, tuple(cos.shape), "the shape of cos")
+    if sin.dtype != cos.dtype:
+        raise ValueError(f"sin: got dtype {sin.dtype}; takes {cos.dtype}, the dtype of cos")
+    check_constant("cos", cos)
+    check_constant("sin", sin)
+    backend = choose("rotary", q.device, q.dtype)
+    return torch.ops.lemur_fast.rotary(q, k, cos, sin, interleaved, backend)

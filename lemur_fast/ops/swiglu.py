@@ -1,0 +1,122 @@
+"""SwiGLU: the gated activation of LLaMA's MLP.
+
+    y = silu(gate) * up,    silu(x) = x * s(x),    s(x) = 1 / (1 + exp(-x))
+
+Backward recomputes silu; nothing but the two inputs is saved:
+
+    dup = dy * silu(gate)        dgate = dy * up * s(gate) * (1 + gate * (1 - s(gate)))
+
+Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import check_device, check_float, check_shape, compute_dtype, to_autocast_dtype
+from lemur_fast.ops._registration import define, differentiable, once_differentiable
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The formula in plain torch."""
+    wide = compute_dtype(gate.dtype)
+    return (functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgate, dup) by the formulas above."""
+    wide = compute_dtype(gate.dtype)
+    dy, gate_wide, up = dy.to(wide), gate.to(wide), up.to(wide)
+    sigmoid = torch.sigmoid(gate_wide)
+    dgate = dy * up * sigmoid * (1 + gate_wide * (1 - sigmoid))
+    return dgate.to(gate.dtype), (dy * gate_wide * sigmoid).to(gate.dtype)
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+def _cpu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate).mul_(up)
+
+
+def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(dy * up, gate), functional.silu(gate).mul_(dy)
+
+
+def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
+    return None if device_type == "cpu" else "needs CPU tensors"
+
+
+register_backend("swiglu", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("swiglu", "reference", refuse=serves_any, forward=swiglu_reference, backward=swiglu_backward_reference)
+
+# ---- registration and autograd ---------------------------------------------------------------------------------------
+
+
+def _swiglu(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    return implementation("swiglu", backend, "forward")(gate, up).contiguous()
+
+
+def _swiglu_fake(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    dgate, dup = implementation("swiglu", backend, "backward")(dy, gate, up)
+    return dgate.contiguous(), dup.contiguous()
+
+
+def _swiglu_bwd_fake(dy: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+define("swiglu(Tensor gate, Tensor up, str backend) -> Tensor", _swiglu, _swiglu_fake)
+define("swiglu_bwd(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)", _swiglu_bwd, _swiglu_bwd_fake)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    gate, up, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple:
+    return *torch.ops.lemur_fast.swiglu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
+
+
+differentiable("swiglu", _backward, _save)
+once_differentiable("swiglu_bwd")
+
+# ---- public ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, element by element.
+
+    Under autocast both inputs are cast to the autocast dtype, as the products around it are.
+
+    Args:
+        gate: any shape and strides.
+        up: shape and dtype of `gate`.
+
+    Returns:
+        Contiguous, shape and dtype of `gate`.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype.
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    check_float("gate", gate)
+    check_float("up", up)
+    check_shape("up", up, tuple(gate.shape), "the shape of gate")
+    check_device("up", up, gate.device)
+    gate, up = to_autocast_dtype(gate, up)
+    if up.dtype != gate.dtype:
+        raise ValueError(f"up: got dtype {up.dtype}; takes {gate.dtype}, the dtype of gate")
+    return torch.ops.lemur_fast.swiglu(gate, up, choose("swiglu", gate.device, gate.dtype))

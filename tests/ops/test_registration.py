@@ -1,0 +1,154 @@
+"""Every op as torch sees it: opcheck, torch.compile without a graph break, autocast, and shapes that change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lemur_fast as lf
+
+CU = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+OPS = torch.ops.lemur_fast
+
+
+def tensors(*shapes, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def operator_calls(backend):
+    """Arguments for every differentiable operator, with and without its optional tensors."""
+    x, residual, weight, gate, up = tensors((6, 8), (6, 8), (8,), (6, 8), (6, 8))
+    q, k, v = tensors((12, 4, 16), (12, 2, 16), (12, 2, 16))
+    cos, sin = torch.randn(12, 16), torch.randn(12, 16)
+    logits, hidden, head, bias = tensors((6, 9), (6, 8), (9, 8), (9,))
+    labels, rows = torch.tensor([0, 3, -100, 8, 1, -100]), torch.tensor([0, 3, 6]).int()
+    options = (-100, 0.1, 0.01, 2.0)
+    return {
+        "rms_norm": [(x, weight, 1e-5, backend)],
+        "add_rms_norm": [(x, residual, weight, 1e-5, backend)],
+        "rotary": [(q, k, cos, sin, interleaved, backend) for interleaved in (False, True)],
+        "swiglu": [(gate, up, backend)],
+        "attention": [
+            (q, k, v, CU, CU, True, 0, 0.0, 0.25, backend),
+            (q, k, v, CU, CU, True, 3, 2.0, 0.25, backend),
+        ],
+        "cross_entropy": [(logits, labels, *options, stats, backend) for stats in (False, True)],
+        "linear_cross_entropy": [
+            (hidden, head, None, labels, None, None, *options, False, backend),
+            (hidden, head, bias, labels, rows, 2, *options, True, backend),
+        ],
+        "linear_cross_entropy_sum": [
+            (hidden, head, None, labels, None, None, None, *options, False, True, True, False, backend),
+            (hidden, head, bias, labels, rows, torch.rand(6), 2, *options, True, True, True, True, backend),
+        ],
+    }
+
+
+@pytest.mark.parametrize("op", sorted(operator_calls("reference")))
+def test_opcheck(backend, op):
+    for arguments in operator_calls(backend)[op]:
+        torch.library.opcheck(getattr(OPS, op).default, arguments)
+
+
+def model(x, residual, weight, qkv, cos, sin, cu, hidden, head, labels):
+    """All six public functions, as a transformer layer and its loss use them."""
+    y, h = lf.ops.rms_norm(x, weight, residual=residual)
+    q, k = lf.ops.rotary(qkv[:, :4], qkv[:, 4:6], cos, sin)
+    out, lse = lf.ops.attention(q, k, qkv[:, 6:], cu, return_lse=True)
+    act = lf.ops.swiglu(y, h)
+    loss, stats = lf.ops.linear_cross_entropy(hidden, head, labels, return_stats=True)
+    plain = lf.ops.cross_entropy(hidden @ head.T, labels, z_loss=1e-3)
+    lse = torch.where(lse == -torch.inf, 0.0, lse)  # query in the tail
+    return out.square().sum() + act.sum() + loss + plain + lse.sum(), stats.entropy.sum()
+
+
+def model_inputs(tokens):
+    cu = torch.tensor([0, 2, tokens - 1]).int()
+    floats = tensors((tokens, 8), (tokens, 8), (8,), (tokens, 8, 16))
+    tables = [torch.randn(tokens, 16) for _ in range(2)]
+    return *floats, *tables, cu, *tensors((tokens, 8), (9, 8)), torch.randint(0, 9, (tokens,))
+
+
+def test_compiles_without_a_graph_break(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tokens in (7, 12, 13):  # the second size makes the shapes dynamic; the third must not compile anew
+        arguments = model_inputs(tokens)
+        wanted = [a for a in arguments if a.requires_grad]
+        plain, compiled_out = model(*arguments), compiled(*arguments)
+        torch.testing.assert_close(plain, compiled_out)
+        grads = [torch.autograd.grad(out[0], wanted) for out in (plain, compiled_out)]
+        torch.testing.assert_close(*grads)
+        if tokens == 12:
+            frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    arguments = model_inputs(9)
+    wanted = [a for a in arguments if a.requires_grad]
+    plain, compiled = model(*arguments), torch.compile(model, fullgraph=True)(*arguments)
+    torch.testing.assert_close(plain, compiled)
+    torch.testing.assert_close(*(torch.autograd.grad(out[0], wanted) for out in (plain, compiled)))
+
+
+# ---- autocast: what stock layers would return, with float32 weights and bfloat16 products ----------------------------
+
+
+@pytest.fixture
+def autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+def test_norm_keeps_its_dtypes(backend, autocast):
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    y, h = lf.ops.rms_norm(x.bfloat16(), weight, residual=x)
+    assert y.dtype == h.dtype == torch.float32
+    assert lf.ops.rms_norm(x, weight).dtype == torch.float32
+
+
+def test_rotary_promotes(backend, autocast):
+    q, table = torch.randn(4, 2, 8).bfloat16(), torch.randn(4, 8)
+    assert lf.ops.rotary(q, q, table, table)[0].dtype == torch.float32
+
+
+def test_products_run_in_the_autocast_dtype(backend, autocast):
+    q, (gate,) = torch.randn(12, 2, 16), tensors((4, 8))
+    assert lf.ops.attention(q, q, q, CU).dtype == torch.bfloat16
+    assert lf.ops.swiglu(gate, gate).dtype == torch.bfloat16
+    lf.ops.swiglu(gate, gate).sum().backward()
+    assert gate.grad.dtype == torch.float32
+
+
+def test_cross_entropy_of_bfloat16_logits_is_float32(backend, autocast):
+    logits, labels = torch.randn(4, 8).bfloat16(), torch.tensor([1, 2, 3, -100])
+    loss = lf.ops.cross_entropy(logits, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), labels))
+
+
+def test_linear_cross_entropy_under_autocast_equals_the_same_in_bfloat16(backend):
+    hidden, head = tensors((6, 8), (9, 8))
+    labels = torch.tensor([0, 3, -100, 8, 1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lf.ops.linear_cross_entropy(hidden, head, labels)
+    loss.backward()
+    low = hidden.detach().bfloat16().requires_grad_()
+    same = lf.ops.linear_cross_entropy(low, head.detach(), labels)
+    same.backward()
+    assert torch.equal(loss, same)
+    assert head.grad.dtype == torch.float32
+    assert torch.equal(hidden.grad, low.grad.float())
+
+
+def test_backward_inside_autocast_computes_the_same(backend):
+    """Autocast that is still on in the backward must not narrow its float32 products."""
+    q = torch.randn(12, 2, 16, requires_grad=True)
+    with torch.autocast("cpu", enabled=False):
+        out = lf.ops.attention(q, q, q, CU, softcap=2.0).square().sum()
+    (want,) = torch.autograd.grad(out, q, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(out, q)
+    assert torch.equal(want, got)

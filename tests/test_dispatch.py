@@ -1,0 +1,96 @@
+"""Which backend serves an op, and what the user is told about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lemur_fast as lf
+from lemur_fast import dispatch
+
+
+def chosen(op="rms_norm", dtype=torch.float32, **traits):
+    return dispatch.choose(op, torch.device("cpu"), dtype, **traits)
+
+
+def test_default_order_on_a_cpu_is_cpu_then_reference():
+    for op in ("rotary", "swiglu", "cross_entropy", "linear_cross_entropy", "rms_norm"):
+        assert chosen(op) == "cpu"
+    assert chosen("attention", head_dim=64) == "cpu"
+    assert chosen(dtype=torch.float64) == "reference"
+
+
+def test_use_backend_prefers_in_order_and_nests():
+    with lf.use_backend("reference", "cpu"):
+        assert chosen() == "reference"
+        with lf.use_backend("cpu"):
+            assert chosen() == "cpu"
+        assert chosen() == "reference"
+    assert chosen() == "cpu"
+
+
+def test_use_backend_is_undone_by_an_error():
+    with pytest.raises(KeyError), lf.use_backend("reference"):
+        raise KeyError
+    assert chosen() == "cpu"
+
+
+def test_a_backend_that_cannot_serve_raises_and_says_why():
+    with (
+        lf.use_backend("cpu"),
+        pytest.raises(lf.BackendError, match=r"rms_norm on cpu in torch.float64.*cpu: takes float32"),
+    ):
+        lf.ops.rms_norm(torch.zeros(2, 4).double(), torch.zeros(4).double())
+    with lf.use_backend("cuda", "triton"), pytest.raises(lf.BackendError, match=r"cuda: .*; triton: "):
+        lf.ops.swiglu(torch.zeros(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize("names", [(), ("gpu",), ("cpu", "tritn")])
+def test_unknown_backends_are_named(names):
+    with pytest.raises(ValueError, match="takes cuda, triton, cpu, reference"), lf.use_backend(*names):
+        pass
+
+
+def test_the_backward_uses_the_backend_of_the_forward(monkeypatch):
+    seen = []
+    backend = dispatch._registry["swiglu"]["reference"]
+    for role, function in list(backend.functions.items()):
+        monkeypatch.setitem(backend.functions, role, lambda *a, r=role, f=function: (seen.append(r), f(*a))[1])
+    x = torch.zeros(4, requires_grad=True)
+    with lf.use_backend("reference"):
+        y = lf.ops.swiglu(x, x)
+    y.sum().backward()
+    assert seen == ["forward", "backward"]
+
+
+def test_explain_names_every_op_its_backend_and_the_reasons(capsys):
+    lf.explain("cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert "default order: cpu, reference" in lines[0]
+    for op in lf.ops.__all__:
+        if op != "LossStats":
+            (line,) = [line for line in lines if line.split()[0] == op]
+            assert "-> cpu" in line
+            assert "cuda:" in line
+    with lf.use_backend("triton"):
+        lf.explain("cpu")
+    assert "none: a call raises" in capsys.readouterr().out
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_environment_variable_gives_the_order():
+    code = "import lemur_fast as lf; lf.explain('cpu')"
+    result = run(code, LEMUR_FAST_BACKEND="reference,cpu")
+    assert "order asked for: reference, cpu" in result.stdout
+    result = run(code, LEMUR_FAST_BACKEND="cpu,gpu")
+    assert result.returncode != 0
+    assert "LEMUR_FAST_BACKEND: got 'gpu'; takes cuda, triton, cpu, reference" in result.stderr
