@@ -64,11 +64,14 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Kept between builds, so that a changed file recompiles alone. One folder per interpreter.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # But what another compiler, checkout or build environment left there must not decide anything. (CMake's --fresh
+        # would remove the objects too.)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for folder in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(folder)
         cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
         configure = [
             cmake,
-            # A cache left by another checkout, compiler or build environment must not decide anything.
-            "--fresh",
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",

@@ -1,8 +1,8 @@
 // Threads and scratch memory for the kernels.
 //
-// The functions declared here are compiled once, for the plainest CPU: the kernels' own files must not pull in templates
-// of the standard library, because the linker keeps one copy of such a template for all instruction sets, and could keep
-// the one that older CPUs cannot run.
+// The functions declared here are compiled once, for the plainest CPU: the kernels' own files must not pull in
+// templates of the standard library, because the linker keeps one copy of such a template for all instruction sets, and
+// could keep the one that older CPUs cannot run.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,7 @@ void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context);
 template <typename F>
 inline void parallel_for(int64_t n, int64_t grain, F&& body) {
   parallel_ranges(
-      n, grain,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &body);
+      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &body);
 }
 
 // Uninitialised floats, 64-byte aligned, freed at the end of the scope. Throws std::bad_alloc.

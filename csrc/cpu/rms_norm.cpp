@@ -34,21 +34,20 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
     X* h = kResidual ? static_cast<X*>(a.h) + row * a.cols : nullptr;
     Y* y = static_cast<Y*>(a.y) + row * a.cols;
 
-    Accumulator squares;
-    for_lanes(a.cols, [&](int64_t i, auto lanes, auto chain) {
+    const float squares = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
       Vec v = load(x + i, lanes);
       if constexpr (kResidual) {
         v = round_to<X>(add(v, load(residual + i, lanes)));
         store(h + i, v, lanes);
       }
-      squares.chains[chain.index] = fma(v, v, squares.chains[chain.index]);
+      return fma(v, v, partial);
     });
-    const float rstd = 1.f / sqrtf(squares.total() / static_cast<float>(a.cols) + a.eps);
+    const float rstd = 1.f / sqrtf(squares / static_cast<float>(a.cols) + a.eps);
     if (a.rstd) a.rstd[row] = rstd;
 
     const X* source = kResidual ? h : x;
     const Vec scale = broadcast(rstd);
-    for_lanes(a.cols, [&](int64_t i, auto lanes, auto) {
+    for_lanes(a.cols, [&](int64_t i, auto lanes) {
       const Vec x_hat = round_to<X>(mul(load(source + i, lanes), scale));
       store(y + i, mul(x_hat, load(w + i, lanes)), lanes);
     });
@@ -67,15 +66,15 @@ void bwd_rows(const RmsNormBwd& a, int64_t begin, int64_t end, float* dw) {
     X* dx = static_cast<X*>(a.dx) + row * a.cols;
     const float rstd = a.rstd[row];
 
-    Accumulator products;  // of g and h; rstd turns h into x_hat
-    for_lanes(a.cols, [&](int64_t i, auto lanes, auto chain) {
+    // Of g and h; rstd turns h into x_hat.
+    const float products = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
       const Vec g = mul(load(dy + i, lanes), load(w + i, lanes));
-      products.chains[chain.index] = fma(g, load(h + i, lanes), products.chains[chain.index]);
+      return fma(g, load(h + i, lanes), partial);
     });
-    const float mean = products.total() * rstd / static_cast<float>(a.cols);
+    const float mean = products * rstd / static_cast<float>(a.cols);
 
     const Vec scale = broadcast(rstd), minus_mean = broadcast(-mean);
-    for_lanes(a.cols, [&](int64_t i, auto lanes, auto) {
+    for_lanes(a.cols, [&](int64_t i, auto lanes) {
       const Vec dy_i = load(dy + i, lanes);
       const Vec x_hat = mul(load(h + i, lanes), scale);
       const Vec g = mul(dy_i, load(w + i, lanes));
@@ -88,7 +87,7 @@ void bwd_rows(const RmsNormBwd& a, int64_t begin, int64_t end, float* dw) {
 }
 
 void fill_zero(float* p, int64_t n) {
-  for_lanes(n, [&](int64_t i, auto lanes, auto) { store(p + i, broadcast(0.f), lanes); });
+  for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, broadcast(0.f), lanes); });
 }
 
 }  // namespace
@@ -136,7 +135,7 @@ void rms_norm_bwd(const RmsNormBwd& a) {
     fill_zero(dw, end - begin);
     for (int64_t block = 0; block < blocks; ++block) {
       const float* partial = partials.data() + block * a.cols + begin;
-      for_lanes(end - begin, [&](int64_t i, auto lanes, auto) {
+      for_lanes(end - begin, [&](int64_t i, auto lanes) {
         store(dw + i, add(load(static_cast<const float*>(dw) + i, lanes), load(partial + i, lanes)), lanes);
       });
     }

@@ -6,9 +6,9 @@
 //   round_to<T>(v)       what a store to T and a load back would give
 //   broadcast, add, sub, mul, fma, sum
 //
-// `lanes` is Full, or Tail{n} for the first n lanes: a load then fills the others with zeros, a store leaves what lies behind
-// untouched. for_lanes() walks a row with them, so that a kernel's body is written once for every dtype, instruction
-// set and width.
+// `lanes` is Full, or Tail{n} for the first n lanes: a load then fills the others with zeros, a store leaves what lies
+// behind untouched. for_lanes and sum_lanes walk a row with them, so that a kernel's body is written once for every
+// dtype, instruction set and width.
 #pragma once
 
 #include <cmath>
@@ -89,7 +89,7 @@ inline float16 from_float<float16>(float value) {
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to infinity
   if (magnitude < 0x38800000u) {
-    // Below 2**-14, where half's steps are 2**-24: in 0.5 + |value| a float's step is just that, so the sum rounds for us.
+    // Below 2**-14, where half's steps are 2**-24: in 0.5 + |value| a float's step is just that, so the sum rounds.
     const uint32_t steps = float_to_bits(0.5f + bits_to_float(magnitude)) - float_to_bits(0.5f);
     return {static_cast<uint16_t>(sign | steps)};
   }
@@ -286,33 +286,40 @@ inline Vec round_to(Vec v) {
 
 // ---- walking a row ----
 
-// Chains of additions that run side by side: one alone would wait for its own latency.
-constexpr int kChains = 4;
-
-template <int kChain>
-struct Chain {
-  static constexpr int index = kChain;
-};
-
-// Calls body(i, lanes, chain) for i = 0, kLanes, 2 kLanes, ... up to n; chain::index counts round kChains, and may choose an accumulator.
+// Calls body(i, lanes) for i = 0, kLanes, 2 kLanes, ... up to n.
 template <typename Body>
 inline void for_lanes(int64_t n, Body&& body) {
   int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
-    body(i, Full{}, Chain<0>{});
-    body(i + kLanes, Full{}, Chain<1>{});
-    body(i + 2 * kLanes, Full{}, Chain<2>{});
-    body(i + 3 * kLanes, Full{}, Chain<3>{});
-  }
-  for (; i + kLanes <= n; i += kLanes) body(i, Full{}, Chain<0>{});
-  if (i < n) body(i, Tail{static_cast<int>(n - i)}, Chain<1>{});
+  for (; i + kLanes <= n; i += kLanes) body(i, Full{});
+  if (i < n) body(i, Tail{static_cast<int>(n - i)});
 }
 
-// One accumulator for each chain.
-struct Accumulator {
-  Vec chains[kChains] = {broadcast(0.f), broadcast(0.f), broadcast(0.f), broadcast(0.f)};
-  float total() const { return sum(add(add(chains[0], chains[1]), add(chains[2], chains[3]))); }
-};
+// Sum over a row: body(i, lanes, partial) returns `partial` with the terms at i added. Lanes past a tail must add zero.
+//
+// Four partial sums run side by side, because one alone would wait for its own latency, and are added up every 32
+// steps, so that the error grows with the width about as slowly as in a pairwise sum.
+template <typename Body>
+inline float sum_lanes(int64_t n, Body&& body) {
+  constexpr int64_t kStep = 4 * kLanes;
+  const Vec zero = broadcast(0.f);
+  Vec total = zero;
+  int64_t i = 0;
+  while (i + kStep <= n) {
+    const int64_t past = i + 32 * kStep <= n ? i + 32 * kStep : n;
+    Vec a = zero, b = zero, c = zero, d = zero;
+    for (; i + kStep <= past; i += kStep) {
+      a = body(i, Full{}, a);
+      b = body(i + kLanes, Full{}, b);
+      c = body(i + 2 * kLanes, Full{}, c);
+      d = body(i + 3 * kLanes, Full{}, d);
+    }
+    total = add(total, add(add(a, b), add(c, d)));
+  }
+  Vec rest = zero;
+  for (; i + kLanes <= n; i += kLanes) rest = body(i, Full{}, rest);
+  if (i < n) rest = body(i, Tail{static_cast<int>(n - i)}, rest);
+  return sum(add(total, rest));
+}
 
 // ---- dtypes ----
 
