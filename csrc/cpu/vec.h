@@ -4,7 +4,7 @@
 //   load(p, lanes)       from float, bfloat16 or float16 memory, no alignment needed
 //   store(p, v, lanes)   to them, rounded to nearest even
 //   round_to<T>(v)       what a store to T and a load back would give
-//   broadcast, add, sub, mul, fma, sum
+//   broadcast, add, mul, fma, sum
 //
 // `lanes` is Full, or Tail{n} for the first n lanes: a load then fills the others with zeros, a store leaves what lies
 // behind untouched. for_lanes and sum_lanes walk a row with them, so that a kernel's body is written once for every
@@ -28,76 +28,6 @@ struct Tail {
   int count;  // 0 < count < kLanes
 };
 
-// ---- one element ----
-
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float to_float(float value) { return value; }
-inline float to_float(bfloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
-#if defined(__aarch64__)
-inline float to_float(float16 value) {
-  __fp16 half;
-  std::memcpy(&half, &value, sizeof half);
-  return half;
-}
-#else
-inline float to_float(float16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  if (magnitude >= 0x7c00u << 13) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x007fffffu));  // inf, nan
-  // The exponent's bias is 112 less. The product is exact, and right for subnormals too.
-  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
-}
-#endif
-
-template <typename T>
-T from_float(float value);
-template <>
-inline float from_float<float>(float value) {
-  return value;
-}
-template <>
-inline bfloat16 from_float<bfloat16>(float value) {
-  uint32_t bits = float_to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
-  bits += 0x7fffu + ((bits >> 16) & 1u);
-  return {static_cast<uint16_t>(bits >> 16)};
-}
-#if defined(__aarch64__)
-template <>
-inline float16 from_float<float16>(float value) {
-  const __fp16 half = value;
-  float16 result;
-  std::memcpy(&result, &half, sizeof result);
-  return result;
-}
-#else
-template <>
-inline float16 from_float<float16>(float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u) {
-    // Below 2**-14, where half's steps are 2**-24: in 0.5 + |value| a float's step is just that, so the sum rounds.
-    const uint32_t steps = float_to_bits(0.5f + bits_to_float(magnitude)) - float_to_bits(0.5f);
-    return {static_cast<uint16_t>(sign | steps)};
-  }
-  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
-  return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000u) >> 13))};
-}
-#endif
-
 // ---- vectors ----
 
 #if defined(LEMUR_ISA_AVX512)
@@ -107,7 +37,6 @@ constexpr int kLanes = 16;
 
 inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
@@ -160,7 +89,6 @@ constexpr int kLanes = 8;
 
 inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline float sum(Vec v) {
@@ -206,21 +134,88 @@ constexpr int kLanes = 4;
 
 inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
-inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
-template <typename T>
-inline Vec load(const T* p, Full) {
-  T memory[kLanes];
-  std::memcpy(memory, p, sizeof memory);
-  return Vec{to_float(memory[0]), to_float(memory[1]), to_float(memory[2]), to_float(memory[3])};
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef uint16_t HalfBits __attribute__((vector_size(8)));
+
+// A bfloat16 in the upper half of every lane, with something in the lower half.
+inline Bits round_upper(Vec v) {
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits nan = reinterpret_cast<Bits>(v != v);
+  return (nan & 0x7fc00000u) | (~nan & rounded);
 }
-template <typename T>
-inline void store(T* p, Vec v, Full) {
-  const T memory[kLanes] = {from_float<T>(v[0]), from_float<T>(v[1]), from_float<T>(v[2]), from_float<T>(v[3])};
-  std::memcpy(p, memory, sizeof memory);
+
+// Halves one by one: SSE2 has nothing for them.
+#if defined(__aarch64__)
+inline float to_float(float16 value) {
+  __fp16 half;
+  std::memcpy(&half, &value, sizeof half);
+  return half;
+}
+inline float16 to_float16(float value) {
+  const __fp16 half = value;
+  float16 result;
+  std::memcpy(&result, &half, sizeof result);
+  return result;
+}
+#else
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float to_float(float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  if (magnitude >= 0x7c00u << 13) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x007fffffu));  // inf, nan
+  // The exponent's bias is 112 less. The product is exact, and right for subnormals too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
+}
+inline float16 to_float16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {
+    // Below 2**-14, where half's steps are 2**-24: in 0.5 + |value| a float's step is just that, so the sum rounds.
+    const uint32_t steps = float_to_bits(0.5f + bits_to_float(magnitude)) - float_to_bits(0.5f);
+    return {static_cast<uint16_t>(sign | steps)};
+  }
+  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000u) >> 13))};
+}
+#endif
+
+inline Vec load(const float* p, Full) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec load(const bfloat16* p, Full) {
+  HalfBits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Bits) << 16);
+}
+inline Vec load(const float16* p, Full) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+
+inline void store(float* p, Vec v, Full) { std::memcpy(p, &v, sizeof v); }
+inline void store(bfloat16* p, Vec v, Full) {
+  const HalfBits bits = __builtin_convertvector(round_upper(v) >> 16, HalfBits);
+  std::memcpy(p, &bits, sizeof bits);
+}
+inline void store(float16* p, Vec v, Full) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_float16(v[i]);
 }
 
 #endif
@@ -276,6 +271,11 @@ struct Rounder<bfloat16> {
 template <>
 struct Rounder<float16> {
   static Vec round(Vec v) { return _mm256_cvtph_ps(narrow(float16{}, v)); }
+};
+#else
+template <>
+struct Rounder<bfloat16> {
+  static Vec round(Vec v) { return reinterpret_cast<Vec>(round_upper(v) & 0xffff0000u); }
 };
 #endif
 
