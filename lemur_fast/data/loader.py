@@ -1,0 +1,86 @@
+"""From rows of segments to packed batches: the last stretch of the data pipeline, the only one that reads tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lemur_fast import packing
+from lemur_fast.data.mixture import Mixture, MixtureState, Row, Segments
+from lemur_fast.data.store import Documents
+from lemur_fast.packing import PackedBatch, Segment
+
+_HELD_OUT_SEED = 0  # never the run's: the same documents are asked of every run
+
+
+def packed(documents: Documents, row: Row, row_tokens: int) -> PackedBatch:
+    """Read the segments of one row; every segment is a document of the batch, padded to `row_tokens`."""
+    segments = [torch.from_numpy(documents.tokens(*segment)) for segment in row]
+    return PackedBatch.from_documents(segments, pad_to=row_tokens)
+
+
+class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
+    """The steps of a run: for each, the rows it reads and their micro-batches, one per row.
+
+    Its state is the mixture's: it holds nothing back and reads nothing ahead.
+    """
+
+    def __init__(self, documents: Documents, mixture: Mixture, rows_per_step: int) -> None:
+        self.documents, self.mixture, self.rows_per_step = documents, mixture, rows_per_step
+
+    def __next__(self) -> tuple[list[Row], list[PackedBatch]]:
+        rows = [next(self.mixture) for _ in range(self.rows_per_step)]
+        return rows, [packed(self.documents, row, self.mixture.row_tokens) for row in rows]
+
+    def state(self) -> MixtureState:
+        """Where the loader stands."""
+        return self.mixture.state()
+
+    def load_state(self, state: MixtureState) -> None:
+        """Continue from `state`."""
+        self.mixture.load_state(state)
+
+
+@dataclass
+class HeldOut:
+    """Held-out documents of one kind, packed, and the size of the text that the model has to predict in them."""
+
+    kind: str
+    batches: list[PackedBatch]
+    tokens: int
+    """Tokens to predict."""
+    bytes: int
+    """Bytes of UTF-8 that these tokens spell."""
+
+
+def held_out_batches(
+    documents: Documents, kind: str, tokens: int, row_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> HeldOut:
+    """About `tokens` tokens of the held-out documents of a kind; the same ones for every run on the same store.
+
+    Raises:
+        ValueError: there are none.
+    """
+    of_kind = np.flatnonzero(documents.kinds == kind)
+    segments = Segments.cut(of_kind, documents.lengths[of_kind], row_tokens)
+    if not len(segments):
+        raise ValueError(f"no held-out documents of kind {kind!r}: the corpus is too small, or its held_out share is")
+    order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(segments))
+    enough = int(np.searchsorted(np.cumsum(segments.length[order]), tokens)) + 1
+    pool = [segments[int(index)] for index in order[:enough]]
+    plan = packing.plan(
+        np.array([segment.length for segment in pool]), row_tokens, strategy="best_fit", overlong="error"
+    )
+    rows = [[pool[document] for document, _, _ in batch] for batch in plan]
+    batches = [packed(documents, row, row_tokens) for row in rows]
+    predicted = sum(int(batch.num_items) for batch in batches)
+    return HeldOut(kind, batches, predicted, sum(_predicted_bytes(documents, segment, tokenizer) for segment in pool))
+
+
+def _predicted_bytes(documents: Documents, segment: Segment, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes that all tokens of a segment but the first spell: the first has nothing to be predicted from."""
+    ids = documents.tokens(*segment)
+    whole, first = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids, ids[:1]))
+    return len(whole.encode()) - len(first.encode())
