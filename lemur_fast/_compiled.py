@@ -49,7 +49,7 @@ def warn_if_missing() -> None:
         warnings.warn(
             f"lemur_fast: {missing}. Until then ops run on plain torch and packing in Python: right, but slower.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,  # the line that imports lemur_fast
         )
 
 
