@@ -1,0 +1,92 @@
+"""Replacing ``forward`` on one module, and telling who is watching it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+else:  # nothing is an instance of these
+
+    class FSDPModule:  # type: ignore[no-redef]
+        """Stands for the class that torch was built without."""
+
+    class DTensor:  # type: ignore[no-redef]
+        """Stands for the class that torch was built without."""
+
+
+# Hooks that do not look at what passes through, or not unless a call asks for it: they take any layout.
+_BLIND_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing")
+
+
+class Forward:
+    """A replacement ``forward`` bound to one module: a bound method that deep-copies and pickles along with it.
+
+    A plain bound method would pickle as ``getattr(module, "forward")`` and come back as the class's own.
+
+    Attributes:
+        module: the module it serves.
+        function: called with the module and the arguments; a module-level function or a partial of one.
+    """
+
+    __slots__ = ("function", "module")
+
+    def __init__(self, module: nn.Module, function: Callable) -> None:
+        self.module = module
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        return self.function(self.module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return Forward, (self.module, self.function)
+
+    # accelerate's mixed precision wraps, and unwraps, whatever has the two attributes of a bound method.
+    @property
+    def __func__(self) -> Callable:
+        return self.function
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's parameters without the module and what a partial has bound: Trainer picks columns by it."""
+        bound = getattr(self.function, "keywords", {})
+        _, *parameters = inspect.signature(getattr(self.function, "func", self.function)).parameters.values()
+        return inspect.Signature([parameter for parameter in parameters if parameter.name not in bound])
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The ``forward`` that was put on this very module, or None when its class's serves it."""
+    return module.__dict__.get("forward")
+
+
+def is_replaced_by(module: nn.Module, function: Callable) -> bool:
+    """Whether `module` runs `function`, or a partial of it, as its forward."""
+    forward = own_forward(module)
+    return isinstance(forward, Forward) and getattr(forward.function, "func", forward.function) is function
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what enters or leaves `module`, forward or backward."""
+    hook_dicts = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(not _is_blind(hook) for hooks in hook_dicts for hook in hooks.values())
+
+
+def every_module_is_watched() -> bool:
+    """Whether a global hook sees every module."""
+    return torch_module._has_any_global_hook()
+
+
+def _is_blind(hook: Callable) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(_BLIND_HOOKS)

@@ -1,0 +1,689 @@
+"""The forwards that `accelerate` puts on the modules of a LLaMA, from the leaves to the root.
+
+They keep Hugging Face's signatures and, to whoever calls or watches a module, its results. Inside they differ in
+layout:
+
+- The layers see only real tokens: the input is unpadded once behind the embedding, as a packed batch is from the start.
+- Both residual additions of a layer run inside the RMSNorm that follows them. A layer therefore hands on the pair
+  (branch, stream) whose sum is Hugging Face's hidden state, and the next layer's first norm, or the last norm of the
+  model, adds them.
+- The loss is taken from the hidden states by the output layer itself, so that no logits are held while training and,
+  under FSDP2, the weight is whole when it is read.
+
+Where someone watches the modules inside the model, both layouts give way to Hugging Face's.
+
+Shape suffixes used here: B rows, T tokens of a row, P tokens that the layers see, H hidden size, D head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from lemur_fast import ops
+from lemur_fast.llama.binding import DTensor, every_module_is_watched, is_replaced_by, is_watched
+from lemur_fast.llama.documents import (
+    Documents,
+    find_documents,
+    positions_in_documents,
+    targets_within_documents,
+)
+
+# Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
+_LAYER_CHECKPOINTS_ITSELF = "__call__" in vars(GradientCheckpointingLayer)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `accelerate` was asked for.
+
+    Attributes:
+        ops: names of the ops in use.
+        return_logits: whether a training call with labels returns logits too.
+    """
+
+    ops: frozenset[str]
+    return_logits: bool
+
+
+# ---- norms, MLP, attention -------------------------------------------------------------------------------------------
+
+
+def norm_forward(
+    self: LlamaRMSNorm, hidden_states: Tensor, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``LlamaRMSNorm.forward``; with `residual` the sum is normalised, and returned as second result."""
+    weight = _whole_weight(self)
+    if residual is None:
+        return ops.rms_norm(hidden_states, weight, self.variance_epsilon)
+    return ops.rms_norm(hidden_states, weight, self.variance_epsilon, residual=residual)
+
+
+def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
+    """``LlamaMLP.forward``."""
+    if is_watched(self.act_fn):
+        return type(self).forward(self, x)
+    return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def attention_forward(
+    self: LlamaAttention,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    *,
+    options: Options,
+    cu_seqlens: Tensor | None = None,
+    record_weights: Callable[[Tensor], None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """``LlamaAttention.forward``: with `cu_seqlens` inside documents, else Hugging Face's attention (cache, mask).
+
+    Args:
+        self: the attention module.
+        hidden_states: ``[B, T, H]``, or ``[P, H]``; then cos and sin say what B and T are.
+        position_embeddings: cos and sin, each ``[B, T, D]``.
+        attention_mask: as `create_causal_mask` makes it; without `cu_seqlens` only.
+        past_key_values: the KV cache; without `cu_seqlens` only.
+        options: what `accelerate` was asked for.
+        cu_seqlens: ``[N + 1]`` int32.
+        record_weights: called with the attention weights where the implementation returns them.
+        **kwargs: passed on to the attention implementation.
+    """
+    cos, sin = position_embeddings
+    batch_shape = cos.shape[:-1] if hidden_states.dim() == 2 else hidden_states.shape[:-1]
+    q, k, v = (  # each [P, heads, D]
+        project(hidden_states).flatten(0, -2).unflatten(-1, (-1, self.head_dim))
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    cos, sin = (table.expand(*batch_shape, -1).flatten(0, -2) for table in (cos, sin))
+    if "rotary" in options.ops:
+        q, k = ops.rotary(q, k, cos, sin)
+    else:
+        q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+    weights = None
+    if cu_seqlens is not None:
+        out: Any = ops.attention(q, k, v, cu_seqlens, causal=True, scale=self.scaling)
+    else:
+        q, k, v = (x.unflatten(0, batch_shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if record_weights is not None and weights is not None:
+            record_weights(weights)
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], out.shape[-2] * out.shape[-1])), weights
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+def layer_forward(
+    self: LlamaDecoderLayer,
+    hidden_states: Tensor,
+    residual: Tensor | None = None,
+    *,
+    fused: bool = False,
+    **kwargs: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``LlamaDecoderLayer.forward``; `fused` makes it take and return (branch, stream) instead of their sum.
+
+    Args:
+        self: the layer.
+        hidden_states: the previous layer's branch, or the hidden state where `residual` is None.
+        residual: the previous layer's stream. Positional, because reentrant checkpointing differentiates only those.
+        fused: return the branch (the MLP's output) and the stream apart.
+        **kwargs: passed on to the attention module.
+    """
+    if residual is not None and not fused:
+        raise TypeError("LlamaDecoderLayer.forward: pass every argument but hidden_states by its name")
+    if self.gradient_checkpointing and self.training and not _LAYER_CHECKPOINTS_ITSELF:
+        checkpoint: Callable = self._gradient_checkpointing_func  # type: ignore[assignment]
+        return checkpoint(functools.partial(_run_layer, self, fused=fused, **kwargs), hidden_states, residual)
+    return _run_layer(self, hidden_states, residual, fused=fused, **kwargs)
+
+
+def _run_layer(
+    self: LlamaDecoderLayer, hidden_states: Tensor, residual: Tensor | None, *, fused: bool, **kwargs: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not fused:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    if residual is None:
+        stream, x = hidden_states, self.input_layernorm(hidden_states)
+    else:
+        x, stream = self.input_layernorm(residual, residual=hidden_states)
+    attended, _ = self.self_attn(hidden_states=x, **kwargs)
+    x, stream = self.post_attention_layernorm(stream, residual=attended)
+    return self.mlp(x), stream
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How one call runs, settled at its entry.
+
+    Attributes:
+        documents: where documents lie; None while a KV cache is in play.
+        packed: the same where layers attend inside documents by `ops.attention`; None for Hugging Face's attention.
+        watched: whether the modules inside must see Hugging Face's shapes and values.
+    """
+
+    documents: Documents | None
+    packed: Documents | None
+    watched: bool
+
+
+_DOCUMENT_ARGUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+# Longest documents: known to the kernels without being told.
+_SUPERFLUOUS_ARGUMENTS = ("max_length_q", "max_length_k")
+_OUTPUT_ARGUMENTS = ("output_hidden_states", "output_attentions", "return_dict")
+# Accepted with the values that LLaMA has anyway.
+_FIXED_ARGUMENTS = {"is_causal": (None, True), "output_router_logits": (None, False)}
+
+
+def model_forward(
+    self: LlamaModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    *,
+    options: Options,
+    plan: Plan | None = None,
+    **kwargs: Any,
+) -> BaseModelOutputWithPast | tuple:
+    """``LlamaModel.forward``; also takes documents (see `documents`), and skips padding.
+
+    Hidden states come back in Hugging Face's shape, with zeros at padding that was skipped. Only a caller who passes
+    `plan` gets the tokens as the layers saw them: ``[1, P, H]`` where the plan has rows.
+    """
+    _check_arguments("LlamaModel", kwargs)
+    outputs = _requested_outputs(self, kwargs)
+    as_planned = plan is not None
+    batch_shape, device = _input_shape(input_ids, inputs_embeds)
+    if inputs_embeds is None:
+        inputs_embeds = self.embed_tokens(input_ids)
+    if plan is None:
+        plan = plan_call(
+            self, options, batch_shape, device, attention_mask, position_ids, past_key_values, use_cache, kwargs
+        )
+    documents, packed, watched = plan
+
+    if documents is None and past_key_values is None:
+        past_key_values = DynamicCache(config=self.config)
+    if packed is not None:
+        hidden_states = inputs_embeds if watched else packed.take(inputs_embeds)
+        positions, mask = packed.position_ids, None
+    else:
+        hidden_states = inputs_embeds if watched else inputs_embeds.flatten(0, 1)
+        positions = _hf_positions(batch_shape, device, position_ids, past_key_values, documents)
+        mask = _hf_mask(self, inputs_embeds, attention_mask, past_key_values, documents)
+
+    attentions: list[Tensor] = []
+    arguments: dict[str, Any] = {
+        "attention_mask": mask,
+        "position_ids": positions,
+        "past_key_values": past_key_values,
+        "use_cache": documents is None,
+        "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=positions),
+    }
+    if packed is not None:
+        arguments["cu_seqlens"] = packed.cu_seqlens
+    if outputs.attentions:
+        # A bound method, because FSDP2 copies lists among a layer's arguments.
+        arguments |= {"record_weights": attentions.append, "output_attentions": True}
+
+    def in_shape(x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return x
+        return x.unflatten(0, batch_shape) if packed is None else packed.put_back(x)
+
+    states: list[Any] = []  # None where a state was not selected
+    fused = not watched and not outputs.hidden_states and _norms_can_add(self)
+    residual = None
+    for layer in self.layers[: self.config.num_hidden_layers]:
+        if fused:
+            hidden_states, residual = layer(hidden_states, residual, fused=True, **arguments)
+        else:
+            if outputs.hidden_states:
+                states.append(in_shape(hidden_states) if outputs.selects(len(states)) else None)
+            hidden_states = layer(hidden_states, **arguments)
+    if residual is None:
+        hidden_states = self.norm(hidden_states)
+    else:
+        hidden_states, _ = self.norm(residual, residual=hidden_states)
+    if outputs.hidden_states:
+        states.append(in_shape(hidden_states) if outputs.selects(len(states)) else None)
+    stays_unpadded = as_planned and packed is not None and packed.rows is not None
+    hidden_states = hidden_states[None] if stays_unpadded else in_shape(hidden_states)
+    result = BaseModelOutputWithPast(
+        last_hidden_state=hidden_states,
+        past_key_values=past_key_values,
+        hidden_states=tuple(states) if outputs.hidden_states else None,
+        attentions=tuple(attentions) if outputs.attentions else None,
+    )
+    return result if outputs.as_dict else result.to_tuple()
+
+
+def plan_call(
+    self: LlamaModel,
+    options: Options,
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
+    arguments: dict[str, Any],
+) -> Plan:
+    """Settles how a call of the LlamaModel `self` runs. `arguments` are the call's further keyword arguments."""
+    watched = _is_watched_inside(self)
+    stated = {name: arguments[name] for name in _DOCUMENT_ARGUMENTS if arguments.get(name) is not None}
+    asks_for_cache = bool(use_cache) or past_key_values is not None
+    if asks_for_cache and self.training and self.gradient_checkpointing:
+        if past_key_values is not None:
+            raise ValueError("past_key_values: got a cache while gradient checkpointing; it would be filled twice")
+        _warn_once("use_cache=True while gradient checkpointing: no cache is filled (Hugging Face does the same)")
+        asks_for_cache, use_cache = False, False
+    if asks_for_cache and stated:
+        raise ValueError(f"{next(iter(stated))}: got documents beside a KV cache; pass use_cache=False and no cache")
+    if use_cache is None and not stated:
+        # The configuration's default is meant for generation: training never reads the cache it would fill.
+        asks_for_cache = asks_for_cache or (bool(self.config.use_cache) and not self.training)
+
+    if asks_for_cache and position_ids is not None and attention_mask is None and past_key_values is None:
+        restarts = find_documents(batch_shape, device, position_ids=position_ids).split_rows
+        if restarts and use_cache is None:
+            asks_for_cache = False
+        elif restarts and not torch.compiler.is_compiling():
+            raise ValueError("position_ids: they restart, which says documents, beside use_cache=True; pass False")
+    if asks_for_cache:
+        return Plan(None, None, watched)
+
+    documents = find_documents(batch_shape, device, attention_mask=attention_mask, position_ids=position_ids, **stated)
+    packed = (
+        "attention" in options.ops
+        and not _requested_outputs(self, arguments).attentions
+        and (attention_mask is None or attention_mask.dim() == 2)
+        and not (watched and documents.rows is not None)
+    )
+    if packed and self.training and self.config.attention_dropout:
+        raise ValueError(
+            f"config.attention_dropout: got {self.config.attention_dropout}; lemur_fast's attention has no dropout. "
+            'Set it to 0, or leave "attention" out of accelerate(ops=...)'
+        )
+    return Plan(documents, documents if packed else None, watched)
+
+
+def _hf_positions(
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    documents: Documents | None,
+) -> Tensor:
+    """``[B, T]`` positions where Hugging Face's attention runs."""
+    if position_ids is None and documents is not None and documents.rows is None:
+        position_ids = documents.position_ids
+    if position_ids is None:
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = (torch.arange(batch_shape[1], device=device) + seen)[None]
+    return position_ids.expand(batch_shape)
+
+
+def _hf_mask(
+    self: LlamaModel,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    documents: Documents | None,
+) -> Any:
+    """The mask of Hugging Face's attention, of whatever kind the configured implementation takes."""
+    positions = None
+    if documents is not None and documents.split_rows:
+        if attention_mask is not None and attention_mask.dim() == 2:
+            raise ValueError(
+                "position_ids: they restart beside an attention_mask, which only lemur_fast's attention can honour; it "
+                "does not run here (output_attentions, a hook inside the model, or ops without attention)"
+            )
+        if attention_mask is None:  # Hugging Face tells documents by positions that restart
+            tokens = documents.batch_shape[0] * documents.batch_shape[1]
+            positions = positions_in_documents(documents.cu_seqlens, tokens).view(documents.batch_shape)
+    return create_causal_mask(
+        config=self.config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=positions,
+    )
+
+
+# ---- the language model ----------------------------------------------------------------------------------------------
+
+
+def head_forward(self: nn.Linear, hidden_states: Tensor, loss: Callable[..., Tensor] | None = None) -> Tensor:
+    """``lm_head.forward``; `loss` is called with (hidden_states, weight, bias=) and its result returned.
+
+    Going through the module's call lets FSDP2 gather the weight first. `loss` is opaque to FSDP2, which would round
+    any floating tensor among the arguments, such as a token count.
+    """
+    if loss is None:
+        return F.linear(hidden_states, self.weight, self.bias)
+    return loss(hidden_states, _whole_weight(self), bias=self.bias)
+
+
+def causal_lm_forward(
+    self: LlamaForCausalLM,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    *,
+    options: Options,
+    cu_seqlens: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | float | int | None = None,
+    trained_rows: Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast | tuple:
+    """``LlamaForCausalLM.forward``; also takes documents, and what `PackedBatch.model_inputs` gives.
+
+    The loss is Hugging Face's, except that a token whose target lies outside its document predicts nothing.
+    """
+    kwargs["cu_seqlens"] = cu_seqlens
+    _check_arguments("LlamaForCausalLM", kwargs)
+    outputs = _requested_outputs(self, kwargs)
+    batch_shape, device = _input_shape(input_ids, inputs_embeds)
+    has_labels = labels is not None or shift_labels is not None
+    if not has_labels and trained_rows is not None:
+        raise ValueError("trained_rows: got a tensor without labels or shift_labels")
+    if has_labels and use_cache is None and past_key_values is None:
+        use_cache = False  # nobody decodes on from a call that is scored
+    plan = plan_call(
+        self.model, options, batch_shape, device, attention_mask, position_ids, past_key_values, use_cache, kwargs
+    )
+    base = self.model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        use_cache=use_cache,
+        plan=plan,
+        **(kwargs | {"return_dict": True}),
+    )
+    hidden_states = base.last_hidden_state
+    unpadded = plan.packed if plan.packed is not None and plan.packed.rows is not None else None
+
+    logits = loss = None
+    if not (has_labels and self.training) or options.return_logits:
+        in_shape = hidden_states if unpadded is None else unpadded.put_back(hidden_states[0])
+        logits = self.lm_head(_keep(in_shape, logits_to_keep))
+    if has_labels:
+        all_logits = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
+        targets = Targets(
+            labels=_targets(labels, shift_labels, batch_shape, device, plan.documents, ignore_index),
+            rows=_checked_rows(trained_rows, plan.documents),
+            num_items=_checked_count(num_items_in_batch),
+            ignore_index=ignore_index,
+        )
+        loss = _loss(
+            self,
+            options,
+            _seen_by_layers(hidden_states, plan.documents) if unpadded is None else hidden_states[0],
+            None if all_logits is None else _seen_by_layers(all_logits, plan.documents),
+            targets,
+        )
+    result = CausalLMOutputWithPast(
+        loss=loss,
+        logits=logits,
+        past_key_values=base.past_key_values,
+        hidden_states=base.hidden_states,
+        attentions=base.attentions,
+    )
+    return result if outputs.as_dict else result.to_tuple()
+
+
+class Targets(NamedTuple):
+    """What a loss is taken against.
+
+    Attributes:
+        labels: ``[P]``: the target of every token that the layers saw.
+        rows: ``[R]``, the only tokens that train; None for all that have a target.
+        num_items: what the sum is divided by; None for the number of targets.
+        ignore_index: the label of a token without a target.
+    """
+
+    labels: Tensor
+    rows: Tensor | None
+    num_items: Tensor | float | int | None
+    ignore_index: int
+
+
+def _loss(
+    self: LlamaForCausalLM, options: Options, hidden_states: Tensor, logits: Tensor | None, targets: Targets
+) -> Any:
+    """The loss of ``hidden_states [P, H]``, from ``logits [P, V]`` where they are at hand."""
+    labels, rows, num_items, ignore_index = targets
+    if logits is None and "linear_cross_entropy" in options.ops:
+        if _head_takes_loss(self.lm_head):
+            loss = functools.partial(
+                ops.linear_cross_entropy, labels=labels, rows=rows, num_items=num_items, ignore_index=ignore_index
+            )
+            return self.lm_head(hidden_states, loss=loss)
+        _warn_once(
+            f"lm_head has an adapter or hooks ({_full_name(type(self.lm_head))}): the loss is taken from logits held "
+            "in memory, by cross_entropy"
+        )
+    if logits is None:
+        logits = self.lm_head(hidden_states)
+    if rows is not None:
+        labels = _only_rows(labels, rows, ignore_index)
+    if options.ops.isdisjoint(("linear_cross_entropy", "cross_entropy")):
+        return self.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items,
+            ignore_index=ignore_index,
+        )
+    return ops.cross_entropy(logits, labels, num_items=num_items, ignore_index=ignore_index)
+
+
+def _head_takes_loss(head: Any) -> bool:
+    """Whether calling `head` with a loss reaches `head_forward`, with nobody on the way who expects logits."""
+    if is_watched(head):
+        return False
+    copies = head._modules.get("modules_to_save")
+    if copies is not None:  # PEFT's wrapper around a fully trained module hands all arguments on to one of its copies
+        adapters = [] if head.disable_adapters else head.active_adapters
+        return _head_takes_loss(copies[adapters[0]] if adapters else head.original_module)
+    return is_replaced_by(head, head_forward)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+class RequestedOutputs(NamedTuple):
+    """What a call returns beside hidden states or logits."""
+
+    hidden_states: bool
+    selected_states: frozenset[int] | None
+    attentions: bool
+    as_dict: bool
+
+    def selects(self, index: int) -> bool:
+        """Whether the hidden state of this index is wanted."""
+        return self.selected_states is None or index in self.selected_states
+
+
+def _requested_outputs(self: PreTrainedModel, arguments: dict[str, Any]) -> RequestedOutputs:
+    """Reads output_hidden_states, output_attentions and return_dict; what is not given, the configuration says."""
+    hidden_states, attentions, as_dict = (
+        getattr(self.config, name, None) if arguments.get(name) is None else arguments[name]
+        for name in _OUTPUT_ARGUMENTS
+    )
+    selected = None
+    if hidden_states is not None and not isinstance(hidden_states, bool):
+        count = self.config.num_hidden_layers + 1
+        indices = [hidden_states] if isinstance(hidden_states, int) else hidden_states
+        selected = frozenset(index % count for index in indices if -count <= index < count)
+        hidden_states = True
+    return RequestedOutputs(bool(hidden_states), selected, bool(attentions), as_dict is not False)
+
+
+def _check_arguments(owner: str, arguments: dict[str, Any]) -> None:
+    known = {*_DOCUMENT_ARGUMENTS, *_SUPERFLUOUS_ARGUMENTS, *_OUTPUT_ARGUMENTS, *_FIXED_ARGUMENTS}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise TypeError(
+            f"{owner}.forward: got unexpected argument {', '.join(unknown)}; beside Hugging Face's own it takes "
+            f"{', '.join(sorted(known))}"
+        )
+    for name, values in _FIXED_ARGUMENTS.items():
+        if name in arguments and arguments[name] not in values:
+            raise ValueError(f"{name}: got {arguments[name]}; an accelerated LLaMA takes {values[1]} only")
+
+
+def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[tuple[int, int], torch.device]:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids, inputs_embeds: takes exactly one of them")
+    name, given, layout = (
+        ("input_ids", input_ids, "[B, T]") if inputs_embeds is None else ("inputs_embeds", inputs_embeds, "[B, T, H]")
+    )
+    assert given is not None
+    if given.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name}: got shape {list(given.shape)}; takes {layout}")
+    return (given.shape[0], given.shape[1]), given.device
+
+
+def _seen_by_layers(x: Tensor, documents: Documents | None) -> Tensor:
+    """``[B, T, ...] -> [P, ...]``."""
+    return x.flatten(0, 1) if documents is None else documents.take(x)
+
+
+def _targets(
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    batch_shape: tuple[int, int],
+    device: torch.device,
+    documents: Documents | None,
+    ignore_index: int,
+) -> Tensor:
+    """``[P]``: the target of every token that the layers saw."""
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given is None or tuple(given.shape) != batch_shape:
+        got = None if given is None else list(given.shape)
+        raise ValueError(f"{name}: got shape {got}; takes {list(batch_shape)}, the shape of the input")
+    given = given.to(device)
+    shifted = F.pad(given, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else given
+    return shifted.flatten() if documents is None else targets_within_documents(shifted, documents, ignore_index)
+
+
+def _checked_rows(trained_rows: Tensor | None, documents: Documents | None) -> Tensor | None:
+    if trained_rows is not None and documents is not None and documents.rows is not None:
+        raise ValueError("trained_rows: got it beside padding in attention_mask; takes a packed batch")
+    return trained_rows
+
+
+def _checked_count(num_items: Tensor | float | int | None) -> Tensor | float | int | None:
+    if isinstance(num_items, Tensor) and num_items.dtype in (torch.bfloat16, torch.float16):
+        _warn_once(
+            f"num_items_in_batch: got {num_items.dtype}, which rounds counts above 256. FSDP2's mixed precision casts "
+            "floating inputs of the model: pass a Python number or an integer tensor"
+        )
+    return num_items
+
+
+def _only_rows(targets: Tensor, rows: Tensor, ignore_index: int) -> Tensor:
+    """`targets` with all tokens ignored but those in `rows`, whose entries outside [0, P) are padding."""
+    tokens = targets.numel()
+    listed = torch.zeros(tokens + 1, dtype=torch.bool, device=targets.device)
+    listed = listed.index_fill(0, torch.where((rows >= 0) & (rows < tokens), rows, tokens).long(), True)
+    return torch.where(listed[:tokens], targets, ignore_index)
+
+
+def _keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions of ``[B, T, H]`` to project: the last ones (0: all), or those that a tensor names.
+
+    A tensor is ``[n]`` for all rows alike, ``[B, n]`` integers, or a ``[B, T]`` mask, whose result is ``[n, H]``.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() < 2:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+def _is_watched_inside(self: LlamaModel) -> bool:
+    """Whether a hook looks into the LlamaModel `self`; one on the embedding sees Hugging Face's shape in any case."""
+    if every_module_is_watched():
+        return True
+    return any(is_watched(module) for module in self.modules() if module is not self.embed_tokens)
+
+
+def _norms_can_add(self: LlamaModel) -> bool:
+    """Whether every norm of the LlamaModel `self` takes a residual."""
+    norms: list[Any] = [self.norm]
+    for layer in self.layers:
+        norms += (layer.input_layernorm, layer.post_attention_layernorm)
+    return all(is_replaced_by(norm, norm_forward) for norm in norms)
+
+
+def _whole_weight(module: nn.Module) -> Tensor:
+    """The module's weight, refused where it is one rank's share of it."""
+    weight = module.weight
+    if isinstance(weight, DTensor):
+        raise TypeError(
+            f"{type(module).__name__}.weight: got a DTensor; takes a whole tensor. FSDP2 gives one inside the forward "
+            "of a module it shards; tensor parallel weights are not supported"
+        )
+    if hasattr(weight, "ds_id"):
+        raise TypeError(f"{type(module).__name__}.weight: got a DeepSpeed ZeRO-3 share, which is not supported")
+    return weight
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

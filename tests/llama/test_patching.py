@@ -1,0 +1,387 @@
+"""What `accelerate` takes, changes, reports and gives back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+from transformers.models.llama import modeling_llama
+
+from lemur_fast.llama import Accelerated, accelerate
+from tests.llama.tiny import VOCAB, documents, loss_and_gradients, packed, pair, tiny_llama
+
+
+def states(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Every module's own attributes, in order."""
+    return {name: dict(module.__dict__) for name, module in model.named_modules()}
+
+
+def assert_untouched(before: dict[str, dict[str, Any]], model: torch.nn.Module) -> None:
+    after = states(model)
+    assert before.keys() == after.keys()
+    for name, attributes in before.items():
+        assert list(attributes) == list(after[name]), name
+        assert all(attributes[key] is after[name][key] for key in attributes if key != "training"), name
+
+
+def test_restore_leaves_nothing_behind() -> None:
+    model = tiny_llama().eval()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    expected = model(ids).logits
+    before = states(model)
+    accelerated = accelerate(model)
+    model(ids, labels=ids, output_hidden_states=True)
+    model.train()(**packed(documents())).loss.backward()
+    model.zero_grad()
+    model.eval()
+    accelerated.restore()
+    assert_untouched(before, model)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_only_this_instance_changes() -> None:
+    classes = [getattr(modeling_llama, name) for name in dir(modeling_llama) if name.startswith("Llama")]
+    before = [dict(vars(cls)) for cls in classes], dict(vars(modeling_llama))
+    other = tiny_llama()
+    attributes = states(other)
+    accelerate(tiny_llama())
+    assert before == ([dict(vars(cls)) for cls in classes], dict(vars(modeling_llama)))
+    assert_untouched(attributes, other)
+
+
+def test_context_manager() -> None:
+    model = tiny_llama()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    with accelerate(model) as accelerated:
+        assert model.lemur_fast is accelerated
+        assert model(ids, labels=ids).logits is None
+    assert model(ids, labels=ids).logits is not None
+    with pytest.raises(ZeroDivisionError), accelerate(model):
+        1 / 0  # noqa: B018
+    assert not hasattr(model, "lemur_fast")
+
+
+def test_accelerating_twice() -> None:
+    model = tiny_llama()
+    accelerated = accelerate(model)
+    with pytest.raises(RuntimeError, match="accelerated already"):
+        accelerate(model)
+    accelerated.restore()
+    with pytest.raises(RuntimeError, match="restored before"):
+        accelerated.restore()
+    accelerate(model)
+
+
+def test_report() -> None:
+    assert str(accelerate(tiny_llama())) == (
+        "Accelerated LlamaForCausalLM: 5 norms (rms_norm, residual additions inside), "
+        "2 attentions (rotary, attention), 2 MLPs (swiglu), the loss (linear_cross_entropy); restore() undoes it"
+    )
+    assert str(accelerate(tiny_llama(num_hidden_layers=1), ops=["swiglu", "cross_entropy"], return_logits=True)) == (
+        "Accelerated LlamaForCausalLM: 1 MLP (swiglu), the loss (cross_entropy, logits kept); restore() undoes it"
+    )
+
+
+def test_ops_that_were_not_asked_for_stay_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lemur_fast.ops as ops
+
+    called = set()
+    for name in ("rms_norm", "rotary", "swiglu", "attention", "cross_entropy", "linear_cross_entropy"):
+        function = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, _n=name, _f=function, **k: (called.add(_n), _f(*a, **k))[1])
+    for asked in ({"rms_norm"}, {"rotary", "swiglu"}, {"attention", "linear_cross_entropy"}, {"cross_entropy"}):
+        called.clear()
+        model = tiny_llama()
+        accelerate(model, ops=asked)
+        loss_and_gradients(model, **packed(documents()))
+        assert called == asked
+
+
+@pytest.mark.parametrize("ops", ["rms_norm", ["rmsnorm"], [], ["all"]])
+def test_unknown_ops(ops: Any) -> None:
+    with pytest.raises(ValueError, match=r"ops: got .*; takes .*rms_norm, rotary, swiglu, attention, cross_entropy"):
+        accelerate(tiny_llama(), ops=ops)
+
+
+def test_restore_refuses_while_something_wraps_the_model() -> None:
+    model = tiny_llama()
+    accelerated = accelerate(model)
+    inner = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: inner(x)
+    before = states(model)
+    with pytest.raises(RuntimeError, match=r"forward of model\.layers\.1\.mlp was replaced after accelerate"):
+        accelerated.restore()
+    assert_untouched(before, model)
+    model.model.layers[1].mlp.forward = inner
+    accelerated.restore()
+    assert "forward" not in model.model.layers[1].mlp.__dict__
+
+
+def test_mixed_precision_of_accelerator_wraps_and_unwraps() -> None:
+    model = tiny_llama()
+    accelerated = accelerate(model)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    ids = torch.randint(1, VOCAB, (2, 9))
+    loss = prepared(ids, labels=ids).loss
+    assert loss.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="the model was replaced after accelerate"):
+        accelerated.restore()
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert plain(ids, labels=ids).logits is None
+    torch.testing.assert_close(plain(ids, labels=ids).loss, loss, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_independent_and_accelerated(how: str) -> None:
+    model = tiny_llama()
+    accelerate(model, return_logits=True)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    own = set(map(id, other.modules()))
+    bound = [m.__dict__["forward"] for m in other.modules() if "forward" in m.__dict__]
+    assert len(bound) == len([m for m in model.modules() if "forward" in m.__dict__]) == 2 + 2 * 3 + 5 + 1
+    assert all(id(forward.module) in own for forward in bound)
+
+    batch = packed(documents())
+    expected = loss_and_gradients(model, **batch)
+    ours = loss_and_gradients(other, **batch)
+    assert torch.equal(ours[0], expected[0])
+    assert all(torch.equal(ours[1][name], expected[1][name]) for name in expected[1])
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(loss_and_gradients(model, **batch)[0], expected[0])
+
+    assert isinstance(other.lemur_fast, Accelerated)
+    assert other.lemur_fast.model is other
+    other.lemur_fast.restore()
+    assert not any("forward" in m.__dict__ for m in other.modules())
+    assert torch.equal(loss_and_gradients(model, **batch)[0], expected[0])
+
+
+def test_signature_names_hugging_faces_parameters() -> None:
+    model = tiny_llama()
+    stock = list(inspect.signature(model.forward).parameters)
+    stock_base = list(inspect.signature(model.model.forward).parameters)
+    accelerate(model)
+    ours = inspect.signature(model.forward).parameters
+    assert [name for name in ours if name in stock] == stock
+    assert {"cu_seqlens", "shift_labels", "num_items_in_batch", "trained_rows"} < set(ours)
+    assert ours["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    assert "options" not in ours
+    assert [name for name in inspect.signature(model.model.forward).parameters if name in stock_base] == stock_base
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def small(kind: type, **overrides: Any) -> dict[str, Any]:
+    return kind(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, **overrides
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: MistralForCausalLM(small(MistralConfig)), "MistralForCausalLM"),
+        (lambda: LlamaModel(small(LlamaConfig)), "LlamaModel"),
+        (lambda: LlamaForSequenceClassification(small(LlamaConfig)), "LlamaForSequenceClassification"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+        (lambda: torch.compile(tiny_llama()), r"OptimizedModule.*_orig_mod"),
+        (lambda: torch.nn.DataParallel(tiny_llama()), r"DataParallel.*module"),
+    ],
+)
+def test_other_models_are_refused_by_name(build: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"model: got a {name}"):
+        accelerate(build())
+
+
+def test_a_subclass_with_its_own_forward_is_refused() -> None:
+    class Custom(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="got a Custom; takes a stock LlamaForCausalLM"):
+        accelerate(Custom(small(LlamaConfig)))
+
+
+def test_a_module_that_is_not_stock_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[1].self_attn = torch.nn.Identity()
+    with pytest.raises(TypeError, match=r"model\.layers\.1\.self_attn: got a Identity; takes a stock LlamaAttention"):
+        accelerate(model)
+    assert "forward" not in model.__dict__
+
+
+def test_a_forward_that_was_replaced_before_is_refused() -> None:
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny_llama())
+    with pytest.raises(TypeError, match=r"model\.forward: was replaced by .*accelerate.*takes a stock model"):
+        accelerate(model)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_act": "gelu"}, r"config\.hidden_act: got 'gelu'; swiglu takes \"silu\""),
+        ({"head_dim": 512}, r"config\.head_dim: got 512; attention takes at most 256"),
+    ],
+)
+def test_configurations_that_are_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        accelerate(tiny_llama(**overrides))
+
+
+def test_another_activation_works_without_swiglu() -> None:
+    stock, ours = tiny_llama(hidden_act="gelu"), tiny_llama(hidden_act="gelu")
+    accelerate(ours, ops=["rms_norm", "rotary", "attention", "linear_cross_entropy"])
+    ids = torch.randint(1, VOCAB, (2, 9))
+    torch.testing.assert_close(ours(ids, labels=ids).loss, stock(ids, labels=ids).loss, rtol=1e-5, atol=0)
+
+
+def test_bidirectional_models_are_refused() -> None:
+    model = tiny_llama()
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match=r"config\.is_causal: got False"):
+        accelerate(model)
+    model = tiny_llama()
+    accelerate(model)
+    with pytest.raises(ValueError, match="is_causal: got False"):
+        model(torch.ones(1, 3, dtype=torch.long), is_causal=False)
+
+
+def test_attention_dropout_is_refused_in_training() -> None:
+    model = tiny_llama(attention_dropout=0.1)
+    ids = torch.randint(1, VOCAB, (2, 9))
+    expected = model.eval()(ids).logits
+    accelerated = accelerate(model)
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"config\.attention_dropout: got 0\.1; .*has no dropout"):
+        model.train()(ids, labels=ids)
+    accelerated.restore()
+    accelerate(model, ops=["rms_norm", "swiglu", "linear_cross_entropy"])
+    assert model(ids, labels=ids).loss != model(ids, labels=ids).loss, "dropout was dropped"
+
+
+def test_a_custom_loss_is_refused_unless_it_can_run() -> None:
+    model = tiny_llama()
+    model.loss_function = lambda logits, **kwargs: logits.sum()
+    with pytest.raises(ValueError, match=r"model\.loss_function: got .*<lambda>.*Leave both out"):
+        accelerate(model)
+    accelerate(model, ops=["rms_norm"])
+    ids = torch.randint(1, VOCAB, (2, 9))
+    torch.testing.assert_close(model(ids, labels=ids).loss, model(ids).logits.sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_quantized_layers_are_refused_by_name() -> None:
+    fake = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj = fake(64, 112, bias=False)
+    with pytest.raises(TypeError, match=r"model\.layers\.0\.mlp\.up_proj: got a bitsandbytes Linear4bit \(QLoRA\)"):
+        accelerate(model)
+    model = tiny_llama()
+    model.hf_quantizer = type("GptqHfQuantizer", (), {})()
+    with pytest.raises(TypeError, match=r"quantized model \(GptqHfQuantizer\)"):
+        accelerate(model)
+
+
+def test_zero3_parameters_are_refused_by_name() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 3
+    with pytest.raises(TypeError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: got a DeepSpeed ZeRO-3 parameter"):
+        accelerate(model)
+    model = tiny_llama()
+    accelerate(model)
+    model.lm_head.weight.ds_id = 3  # sharded later, as deepspeed.initialize does
+    ids = torch.randint(1, VOCAB, (2, 9))
+    with pytest.raises(TypeError, match=r"Linear\.weight: got a DeepSpeed ZeRO-3 share"):
+        model(ids, labels=ids)
+
+
+# ---- bad arguments of a call -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cu_seqlen": torch.tensor([0, 9])}, TypeError, "unexpected argument cu_seqlen; .*it takes cu_seq_lens_k"),
+        ({"token_type_ids": torch.zeros(1, 9)}, TypeError, "unexpected argument token_type_ids"),
+        ({"output_router_logits": True}, ValueError, "output_router_logits: got True"),
+        ({"cu_seqlens": [0, 9]}, TypeError, "cu_seqlens: got list; takes an int32 tensor"),
+        ({"cu_seqlens": torch.tensor([0.0, 9.0])}, TypeError, "cu_seqlens: got dtype torch.float32; takes int32"),
+        ({"cu_seqlens": torch.tensor([[0, 9]])}, ValueError, r"cu_seqlens: got shape \[1, 2\]; takes \[N \+ 1\]"),
+        ({"cu_seqlens": torch.tensor([0, 9]), "attention_mask": torch.ones(1, 9)}, ValueError, "attention_mask: got a"),
+        ({"cu_seqlens": torch.tensor([0, 9]), "use_cache": True}, ValueError, "cu_seqlens: got documents beside a KV"),
+        ({"cu_seq_lens_k": torch.tensor([0, 9])}, ValueError, "cu_seq_lens_k: got a tensor without cu_seq_lens_q"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 9]), "cu_seq_lens_k": torch.tensor([0, 4, 9])},
+            ValueError,
+            "cu_seq_lens_k: differs from cu_seq_lens_q",
+        ),
+        ({"attention_mask": torch.ones(1, 8)}, ValueError, r"attention_mask: got shape \[1, 8\]; takes \[1, 9\]"),
+        ({"position_ids": torch.arange(9)}, ValueError, r"position_ids: got shape \[9\]; takes \[1, 9\]"),
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]]), "use_cache": True},
+            ValueError,
+            "position_ids: they restart",
+        ),
+        ({"seq_idx": torch.zeros(2, 9)}, ValueError, r"seq_idx: got shape \[2, 9\]"),
+        ({"labels": torch.zeros(1, 8).long()}, ValueError, r"labels: got shape \[1, 8\]; takes \[1, 9\]"),
+        ({"shift_labels": torch.zeros(9).long()}, ValueError, r"shift_labels: got shape \[9\]; takes \[1, 9\]"),
+        ({"trained_rows": torch.tensor([1])}, ValueError, "trained_rows: got a tensor without labels"),
+        (
+            {
+                "trained_rows": torch.tensor([1]),
+                "labels": torch.zeros(1, 9).long(),
+                "attention_mask": torch.tensor([[0] + [1] * 8]),
+            },
+            ValueError,
+            "trained_rows: got it beside padding",
+        ),
+        ({"inputs_embeds": torch.zeros(1, 9, 64)}, ValueError, "input_ids, inputs_embeds: takes exactly one"),
+        ({"input_ids": torch.ones(9).long()}, ValueError, r"input_ids: got shape \[9\]; takes \[B, T\]"),
+        ({"labels": torch.full((1, 9), VOCAB)}, ValueError, "labels"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = tiny_llama()
+    accelerate(model)
+    with pytest.raises(error, match=message):
+        model(**({"input_ids": torch.ones(1, 9).long()} | arguments))
+
+
+def test_two_rows_beside_cu_seqlens_are_refused() -> None:
+    ours, _ = pair()
+    with pytest.raises(ValueError, match=r"cu_seqlens: got it beside an input of shape \[2, 9\]; takes an input of"):
+        ours(torch.ones(2, 9).long(), cu_seqlens=torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 3, 9], [0, 12], [2, 9]])
+def test_debug_mode_looks_at_the_bounds(bounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lemur_fast.dispatch._debug", True)
+    ours, _ = pair()
+    with pytest.raises(ValueError, match=r"cu_seqlens: got \[.*never decrease"):
+        ours(torch.ones(1, 9).long(), cu_seqlens=torch.tensor(bounds))

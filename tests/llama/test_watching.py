@@ -1,0 +1,237 @@
+"""Hooks and recorded outputs see what a stock model shows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from lemur_fast.llama import accelerate, forwards
+from tests.llama.tiny import (
+    VOCAB,
+    assert_near,
+    assert_same,
+    documents,
+    gradients,
+    packed,
+    padded,
+    pair,
+    separate_documents,
+    tiny_llama,
+)
+
+
+@pytest.fixture
+def layouts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Records for every layer that runs whether its residual additions are fused."""
+    seen: list[bool] = []
+    run = forwards._run_layer
+    monkeypatch.setattr(forwards, "_run_layer", lambda *a, **k: (seen.append(k["fused"]), run(*a, **k))[1])
+    return seen
+
+
+def test_additions_are_fused_when_nobody_watches(layouts: list[bool]) -> None:
+    ours, _ = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    ours(ids, labels=ids)
+    ours.eval()(ids)  # over a KV cache too
+    assert layouts == [True] * 4
+
+
+PLACES = (
+    "model",
+    "model.embed_tokens",
+    "model.layers.1",
+    "model.layers.0.self_attn",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.0.mlp",
+    "model.layers.1.mlp.act_fn",
+    "model.layers.0.post_attention_layernorm",
+    "model.norm",
+)
+
+
+def comparable(value: Any) -> list[torch.Tensor]:
+    """The tensors in arguments and outputs of a hook."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in comparable(item)] if isinstance(value, (tuple, list)) else []
+
+
+@pytest.mark.parametrize("batch", ["rows", "packed", "padded left", "padded right"])
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_see_what_stock_shows(place: str, batch: str) -> None:
+    ours, stock = pair()
+    inputs = {"input_ids": torch.randint(1, VOCAB, (2, 9))}
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    if batch == "packed":
+        # Hugging Face tells documents by positions where there is no cache
+        inputs = {k: v for k, v in packed(documents()).items() if k in ("input_ids", "position_ids")} | {
+            "use_cache": False
+        }
+        mask = torch.ones(1, 25, dtype=torch.bool)
+    elif batch != "rows":
+        inputs = {k: v for k, v in padded(documents(), batch.split()[1]).items() if k != "labels"}
+        mask = inputs["attention_mask"].bool()
+    shown = []
+    for model in (ours, stock):
+        seen: list[Any] = []
+        module = model.get_submodule(place)
+        handle = module.register_forward_hook(lambda m, args, out, seen=seen: seen.extend((args, out)))
+        model(**inputs)
+        handle.remove()
+        shown.append(comparable(seen))
+    assert len(shown[0]) == len(shown[1]) > 0
+    for a, b in zip(*shown, strict=True):
+        assert a.shape == b.shape
+        if a.is_floating_point():
+            assert_near(a[mask], b[mask])
+
+
+def test_a_hook_that_changes_a_layers_output_counts() -> None:
+    ours, stock = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    for model in (ours, stock):
+        model.model.layers[0].register_forward_hook(lambda m, args, out: out * 2)
+        model.model.layers[1].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    results = []
+    for model in (ours, stock):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    assert_same(*results)
+
+
+def test_backward_hooks_see_what_stock_shows() -> None:
+    ours, stock = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    shown = []
+    for model in (ours, stock):
+        seen: list[torch.Tensor] = []
+        model.model.layers[0].register_full_backward_hook(lambda m, gi, go, seen=seen: seen.extend((gi[0], go[0])))
+        model(ids, labels=ids).loss.backward()
+        shown.append(seen)
+    for a, b in zip(*shown, strict=True):
+        assert_near(a, b)
+
+
+def test_a_hook_on_the_output_layer_sees_logits() -> None:
+    ours, stock = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    seen: list[torch.Tensor] = []
+    ours.lm_head.register_forward_hook(lambda m, args, out: seen.append(out))
+    forwards._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"lm_head has an adapter or hooks \(torch\.nn\..*Linear\)"):
+        loss = ours(ids, labels=ids).loss
+    expected = stock(ids, labels=ids)
+    assert_near(seen[0].flatten(0, -2), expected.logits.flatten(0, 1))
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
+
+
+def test_global_hooks_see_what_stock_shows(layouts: list[bool]) -> None:
+    ours, _ = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    shapes = set()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: shapes.add(out.shape) if type(m).__name__ == "LlamaDecoderLayer" else None
+    )
+    try:
+        ours(ids)
+    finally:
+        handle.remove()
+    assert shapes == {(2, 9, 64)}
+    assert layouts == [False, False]
+
+
+@pytest.mark.parametrize("which", [True, -1, [0, 1], [1, -1]], ids=str)
+@pytest.mark.parametrize("batch", ["rows", "padded left", "cached"])
+def test_output_hidden_states(batch: str, which: Any) -> None:
+    ours, stock = pair()
+    inputs = {"input_ids": torch.randint(1, VOCAB, (2, 9))}
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    if batch == "padded left":
+        inputs = {k: v for k, v in padded(documents(), "left").items() if k != "labels"}
+        mask = inputs["attention_mask"].bool()
+    if batch == "cached":
+        inputs["use_cache"] = True
+    for of in (lambda m: m, lambda m: m.model):
+        out, expected = (of(m)(**inputs, output_hidden_states=which) for m in (ours, stock))
+        assert len(out.hidden_states) == len(expected.hidden_states) == 3
+        for a, b in zip(out.hidden_states, expected.hidden_states, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_near(a[mask], b[mask])
+    assert ours(**inputs).hidden_states is None
+
+
+def test_the_configuration_can_ask_for_hidden_states() -> None:
+    model = tiny_llama()
+    model.config.output_hidden_states = True
+    accelerate(model)
+    assert len(model(torch.ones(1, 4).long()).hidden_states) == 3
+
+
+@pytest.mark.parametrize("batch", ["rows", "packed", "padded left", "cached"])
+def test_output_attentions(batch: str) -> None:
+    stock = tiny_llama()
+    stock.set_attn_implementation("eager")
+    ours = copy.deepcopy(stock)
+    accelerate(ours)
+    inputs = {"input_ids": torch.randint(1, VOCAB, (2, 9)), "use_cache": batch == "cached"}
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    if batch == "packed":
+        inputs |= {k: v for k, v in packed(documents()).items() if k in ("input_ids", "position_ids")}
+        mask = torch.ones(1, 25, dtype=torch.bool)
+    elif batch == "padded left":
+        inputs |= {k: v for k, v in padded(documents(), "left").items() if k != "labels"}
+        mask = inputs["attention_mask"].bool()
+    out, expected = (m(**inputs, output_attentions=True) for m in (ours, stock))
+    assert len(out.attentions) == len(expected.attentions) == 2
+    for a, b in zip(out.attentions, expected.attentions, strict=True):
+        assert_near(a.transpose(1, 2)[mask], b.transpose(1, 2)[mask])
+    assert_near(out.logits[mask], expected.logits[mask])
+
+
+def test_output_attentions_beside_a_loss() -> None:
+    stock = tiny_llama(attn_implementation="eager")
+    ours = tiny_llama(attn_implementation="eager")
+    accelerate(ours)
+    batch = packed(documents())
+    out = ours(**batch, output_attentions=True)
+    torch.testing.assert_close(out.loss, separate_documents(stock, documents())[0], rtol=1e-5, atol=0)
+    assert out.attentions[0].shape == (1, 4, 25, 25)
+
+
+def test_output_attentions_are_refused_where_they_would_mix_documents() -> None:
+    ours, _ = pair()
+    batch = {
+        "input_ids": torch.ones(1, 6).long(),
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 0, 1, 2, 0, 1]]),
+    }
+    with pytest.raises(ValueError, match="position_ids: they restart beside an attention_mask"):
+        ours(**batch, output_attentions=True)
+
+
+def test_a_four_dimensional_mask_is_honoured() -> None:
+    ours, stock = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    mask[5:, :3] = False
+    mask = mask.expand(2, 1, 9, 9)
+    assert_near(ours(ids, attention_mask=mask).logits, stock(ids, attention_mask=mask).logits)
+
+
+def test_a_layer_can_be_called_on_its_own() -> None:
+    """As calibration tools do, with Hugging Face's arguments."""
+    ours, stock = pair()
+    hidden = torch.randn(2, 9, 64)
+    cos, sin = stock.model.rotary_emb(hidden, torch.arange(9)[None])
+    out, expected = (m.model.layers[0](hidden, position_embeddings=(cos, sin)) for m in (ours, stock))
+    assert_near(out, expected)
+    with pytest.raises(TypeError, match="every argument but hidden_states by its name"):
+        ours.model.layers[0](hidden, torch.ones(2, 1, 9, 9))
