@@ -66,7 +66,12 @@ def test_the_symlink_is_relative():
 
 def test_wheel_follows_the_symlink(checkout, tmp_path):
     names = names_in_wheel(build(checkout, "wheel", tmp_path))
-    assert {"lemur_fast/kernels/probe.py", "lemur_fast/py.typed", "lemur_fast/_C.pyi"} <= names
+    assert {
+        "lemur_fast/kernels/probe.py",
+        "lemur_fast/kernels/README.md",
+        "lemur_fast/py.typed",
+        "lemur_fast/_C.pyi",
+    } <= names
     top = {name.split("/")[0] for name in names}
     assert len(top) == 2, f"only the package and its metadata belong in there: {top}"
     python = {str(path.relative_to(checkout)) for path in (checkout / "lemur_fast").rglob("*.py")}
