@@ -1,7 +1,8 @@
 """Attention over packed documents, causal by default, with grouped-query heads, window and softcap.
 
 Document i holds the queries ``cu_seqlens[i]:cu_seqlens[i+1]`` and the keys ``cu_seqlens_k[i]:cu_seqlens_k[i+1]``.
-With lq queries and lk keys, query r stands at key position r + lk - lq (bottom-right alignment). For the queries of one head:
+With lq queries and lk keys, query r stands at key position r + lk - lq (bottom-right alignment). For the queries of one
+head:
 
     s    = scale * q @ k.T            s = c * tanh(s / c) with a softcap c
     s_rj = -inf where j > position (causal) or j <= position - window
