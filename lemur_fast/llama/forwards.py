@@ -126,6 +126,10 @@ def attention_forward(
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
     weights = None
     if cu_seqlens is not None:
+        if (
+            kwargs.get("is_causal") is not None
+        ):  # no caller here says so: accelerate's hook for context parallelism does
+            raise TypeError("context parallelism: lemur_fast's attention sees one rank's tokens only, so it is refused")
         out: Any = ops.attention(q, k, v, cu_seqlens, causal=True, scale=self.scaling)
     else:
         q, k, v = (x.unflatten(0, batch_shape).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, D]
@@ -336,6 +340,9 @@ def plan_call(
         and (attention_mask is None or attention_mask.dim() == 2)
         and not (watched and documents.rows is not None)
     )
+    implementation = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+    if packed and getattr(implementation, "__module__", "").startswith("deepspeed."):
+        raise TypeError("DeepSpeed's sequence parallelism: lemur_fast's attention sees one rank's tokens only")
     if packed and self.training and self.config.attention_dropout:
         raise ValueError(
             f"config.attention_dropout: got {self.config.attention_dropout}; lemur_fast's attention has no dropout. "
@@ -500,11 +507,13 @@ def _loss(
     """The loss of ``hidden_states [P, H]``, from ``logits [P, V]`` where they are at hand."""
     labels, rows, num_items, ignore_index = targets
     if logits is None and "linear_cross_entropy" in options.ops:
+        loss: Callable[..., Any] = functools.partial(
+            ops.linear_cross_entropy, labels=labels, rows=rows, num_items=num_items, ignore_index=ignore_index
+        )
         if _head_takes_loss(self.lm_head):
-            loss = functools.partial(
-                ops.linear_cross_entropy, labels=labels, rows=rows, num_items=num_items, ignore_index=ignore_index
-            )
             return self.lm_head(hidden_states, loss=loss)
+        if type(self.lm_head) is nn.Linear and not is_watched(self.lm_head):
+            return head_forward(self.lm_head, hidden_states, loss)  # put there later, by resize_token_embeddings
         _warn_once(
             f"lm_head has an adapter or hooks ({_full_name(type(self.lm_head))}): the loss is taken from logits held "
             "in memory, by cross_entropy"

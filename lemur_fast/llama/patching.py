@@ -61,9 +61,10 @@ class Accelerated:
         if "swiglu" in used:
             parts.append(f"{count(LlamaMLP, 'MLP')} (swiglu)")
         if used & {"linear_cross_entropy", "cross_entropy"}:
-            logits = ", logits kept" if self.return_logits else ""
-            op = "linear_cross_entropy" if "linear_cross_entropy" in used else "cross_entropy"
-            parts.append(f"the loss ({op}{logits})")
+            from_hidden = "linear_cross_entropy" in used and not self.return_logits
+            parts.append(
+                f"the loss ({'linear_cross_entropy' if from_hidden else 'cross_entropy, of logits that stay'})"
+            )
         return f"Accelerated {_plain_name(self.model)}: {', '.join(parts)}; restore() undoes it"
 
     __repr__ = __str__

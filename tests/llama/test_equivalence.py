@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from lemur_fast.llama import accelerate
+from lemur_fast.packing import PackedBatch
 from tests.criterion import assert_as_good
 from tests.llama.tiny import (
     LENGTHS,
@@ -48,6 +48,10 @@ def ways() -> dict[str, dict[str, Any]]:
         "restarting positions, no cache": common | {"position_ids": positions, "use_cache": False},
         "seq_idx": common | {"seq_idx": index},
         "what TRL sends": common | flash | {"position_ids": positions, "seq_idx": index, "use_cache": False},
+        "PackedBatch": PackedBatch.from_documents(documents()).model_inputs(),
+        "PackedBatch with static shapes": PackedBatch.from_documents(documents())
+        .padded(tokens=32, documents=9, trained_rows=30)
+        .model_inputs(),
         "padded left": padded(documents(), "left"),
         "padded right": padded(documents(), "right"),
         "padded with positions": padded(documents(), "right")
@@ -330,24 +334,25 @@ def test_logits_are_left_out_only_in_training_with_labels() -> None:
     assert_same((out.loss.detach(), gradients(kept)), (expected.loss.detach(), gradients(stock)))
 
 
-@pytest.mark.parametrize(
-    "keep",
-    [
-        0,
-        1,
-        3,
-        torch.tensor([1, 4]),
+KEEP: dict[str, tuple[Any, Any]] = {
+    "all": (0, lambda logits: logits),
+    "last": (1, lambda logits: logits[:, 8:]),
+    "last three": (3, lambda logits: logits[:, 6:]),
+    "positions": (torch.tensor([1, 4]), lambda logits: logits[:, [1, 4]]),
+    "positions by row": (
         torch.tensor([[0, 2], [1, 3]]),
-        torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.5,
-    ],
-    ids=["all", "last", "last three", "positions", "positions by row", "mask"],
-)
-def test_logits_to_keep(keep: int | Tensor) -> None:
+        lambda logits: torch.stack([logits[0, [0, 2]], logits[1, [1, 3]]]),
+    ),
+    "mask": (torch.arange(18).view(2, 9) % 4 == 1, lambda logits: logits.flatten(0, 1)[1::4]),
+}
+
+
+@pytest.mark.parametrize("which", KEEP)
+def test_logits_to_keep(which: str) -> None:
     ours, stock = pair()
     ids = torch.randint(1, VOCAB, (2, 9))
-    for model in (ours, stock):
-        model.eval()
-    assert_near(ours(ids, logits_to_keep=keep, use_cache=False).logits, stock(ids, logits_to_keep=keep).logits)
+    keep, select = KEEP[which]
+    assert_near(ours(ids, logits_to_keep=keep).logits, select(stock(ids).logits))
 
 
 def test_base_model_returns_hugging_faces_shape_with_zeros_at_padding() -> None:

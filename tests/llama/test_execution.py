@@ -102,6 +102,16 @@ def test_compiled_without_graph_breaks(way: str) -> None:
     assert_same((result[0], plain), truth)
 
 
+def test_compiled_base_model_has_zeros_at_padding() -> None:
+    ours, stock = pair()
+    torch.compiler.reset()
+    batch = {k: v for k, v in padded(documents(), "left").items() if k != "labels"}
+    hidden = torch.compile(ours.model, fullgraph=True, backend="aot_eager")(**batch).last_hidden_state
+    mask = batch["attention_mask"].bool()
+    assert_near(hidden[mask], stock.model(**batch).last_hidden_state[mask])
+    assert not hidden[~mask].any()
+
+
 def test_compiled_by_inductor_in_training_and_evaluation() -> None:
     ours, stock = pair(num_hidden_layers=1)
     torch.compiler.reset()
@@ -274,6 +284,13 @@ def test_fsdp2_equals_unsharded(mesh: DeviceMesh, head: str, first: str, bf16: b
     assert str(ours.lemur_fast).startswith("Accelerated LlamaForCausalLM: 5 norms")
     ours.lemur_fast.restore()
     assert ours(**packed(documents())).logits is not None
+
+
+def test_distributed_data_parallel_equals_plain(mesh: DeviceMesh) -> None:
+    ours, stock = pair()
+    loss, found = loss_and_gradients(nn.parallel.DistributedDataParallel(ours), **packed(documents()))
+    plain = {name.removeprefix("module."): gradient for name, gradient in found.items()}
+    assert_same((loss, plain), separate_documents(stock, documents()))
 
 
 def test_fsdp2_with_gradient_checkpointing(mesh: DeviceMesh) -> None:

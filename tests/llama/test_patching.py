@@ -6,11 +6,14 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.big_modeling import _attach_context_parallel_hooks
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,10 +22,11 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from lemur_fast.llama import Accelerated, accelerate
-from tests.llama.tiny import VOCAB, documents, loss_and_gradients, packed, pair, tiny_llama
+from lemur_fast.llama import Accelerated, accelerate, forwards
+from tests.llama.tiny import VOCAB, assert_same, documents, loss_and_gradients, packed, pair, tiny_llama
 
 
 def states(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -91,9 +95,10 @@ def test_report() -> None:
         "Accelerated LlamaForCausalLM: 5 norms (rms_norm, residual additions inside), "
         "2 attentions (rotary, attention), 2 MLPs (swiglu), the loss (linear_cross_entropy); restore() undoes it"
     )
-    assert str(accelerate(tiny_llama(num_hidden_layers=1), ops=["swiglu", "cross_entropy"], return_logits=True)) == (
-        "Accelerated LlamaForCausalLM: 1 MLP (swiglu), the loss (cross_entropy, logits kept); restore() undoes it"
+    assert str(accelerate(tiny_llama(num_hidden_layers=1), ops=["swiglu", "attention"])) == (
+        "Accelerated LlamaForCausalLM: 1 attention (attention), 1 MLP (swiglu); restore() undoes it"
     )
+    assert "the loss (cross_entropy, of logits that stay);" in str(accelerate(tiny_llama(), return_logits=True))
 
 
 def test_ops_that_were_not_asked_for_stay_stock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +184,34 @@ def test_copies_are_independent_and_accelerated(how: str) -> None:
     other.lemur_fast.restore()
     assert not any("forward" in m.__dict__ for m in other.modules())
     assert torch.equal(loss_and_gradients(model, **batch)[0], expected[0])
+
+
+def test_saved_weights_are_those_of_stock(tmp_path: Path) -> None:
+    ours, stock = pair()
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    ours.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(1, VOCAB, (2, 9))
+    assert torch.equal(again(ids).logits, stock.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [VOCAB + 7, VOCAB - 7])
+def test_resized_embeddings(size: int, tied: bool) -> None:
+    """The output layer may be another module afterwards: it takes the loss without logits all the same."""
+    ours, stock = pair(tie_word_embeddings=tied)
+    for model in (ours, stock):
+        torch.manual_seed(2)
+        model.resize_token_embeddings(size, mean_resizing=False)
+    ids = torch.randint(1, size, (2, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forwards._warn_once.cache_clear()
+        assert_same(
+            loss_and_gradients(ours, input_ids=ids, labels=ids), loss_and_gradients(stock, input_ids=ids, labels=ids)
+        )
+    ours.lemur_fast.restore()
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
 
 
 def test_signature_names_hugging_faces_parameters() -> None:
@@ -317,6 +350,20 @@ def test_zero3_parameters_are_refused_by_name() -> None:
     model.lm_head.weight.ds_id = 3  # sharded later, as deepspeed.initialize does
     ids = torch.randint(1, VOCAB, (2, 9))
     with pytest.raises(TypeError, match=r"Linear\.weight: got a DeepSpeed ZeRO-3 share"):
+        model(ids, labels=ids)
+
+
+def test_context_and_sequence_parallelism_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both swap the attention under the model's feet, where ours would see one rank's share of the tokens."""
+    ids = torch.randint(1, VOCAB, (2, 9))
+    model, _ = pair()
+    _attach_context_parallel_hooks(model)
+    with pytest.raises(TypeError, match="context parallelism: lemur_fast's attention sees one rank's tokens only"):
+        model(ids, labels=ids)
+    model, _ = pair()
+    ulysses = type("attention", (), {"__module__": "deepspeed.runtime.sequence_parallel.ulysses_sp"})()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", ulysses)
+    with pytest.raises(TypeError, match="DeepSpeed's sequence parallelism"):
         model(ids, labels=ids)
 
 

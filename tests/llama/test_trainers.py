@@ -122,6 +122,16 @@ def test_trainer_learns_what_it_learns_with_stock(
             )  # Adam's first steps
 
 
+def test_trainer_with_torch_compile(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    losses = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        model = tiny_llama()
+        accelerate(model)
+        losses.append(train(model, tmp_path / str(len(losses)), collator, **options)[1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_trainer_with_the_flattening_collator(tmp_path: Path) -> None:
     """Packed by Hugging Face's own collator equals padded."""
     losses = []

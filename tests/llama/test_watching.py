@@ -40,6 +40,17 @@ def test_additions_are_fused_when_nobody_watches(layouts: list[bool]) -> None:
     assert layouts == [True] * 4
 
 
+def test_hooks_that_recorded_outputs_left_behind_do_not_watch(layouts: list[bool]) -> None:
+    """Hugging Face's own hooks stay on the layers once outputs were recorded, and look away from then on."""
+    model = tiny_llama()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    model(ids, output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    accelerate(model)
+    model(ids, labels=ids)
+    assert layouts == [True, True]
+
+
 PLACES = (
     "model",
     "model.embed_tokens",
@@ -159,12 +170,15 @@ def test_output_hidden_states(batch: str, which: Any) -> None:
     if batch == "cached":
         inputs["use_cache"] = True
     for of in (lambda m: m, lambda m: m.model):
-        out, expected = (of(m)(**inputs, output_hidden_states=which) for m in (ours, stock))
-        assert len(out.hidden_states) == len(expected.hidden_states) == 3
-        for a, b in zip(out.hidden_states, expected.hidden_states, strict=True):
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert_near(a[mask], b[mask])
+        states = of(ours)(**inputs, output_hidden_states=which).hidden_states
+        expected = of(stock)(**inputs, output_hidden_states=True).hidden_states
+        assert len(states) == len(expected) == 3
+        wanted = (
+            [0, 1, 2] if which is True else [index % 3 for index in (which if isinstance(which, list) else [which])]
+        )
+        assert [i for i, state in enumerate(states) if state is not None] == sorted(wanted)
+        for i in wanted:
+            assert_near(states[i][mask], expected[i][mask])
     assert ours(**inputs).hidden_states is None
 
 
