@@ -6,7 +6,7 @@ layout:
 - The layers see only real tokens: the input is unpadded once behind the embedding, as a packed batch is from the start.
 - Both residual additions of a layer run inside the RMSNorm that follows them. A layer therefore hands on the pair
   (branch, stream) whose sum is Hugging Face's hidden state, and the next layer's first norm, or the last norm of the
-  model, adds them.
+  model, adds them. Under gradient checkpointing it hands on the sum, which is half of what the pair would keep.
 - The loss is taken from the hidden states by the output layer itself, so that no logits are held while training and,
   under FSDP2, the weight is whole when it is read.
 
@@ -152,27 +152,36 @@ def layer_forward(
     residual: Tensor | None = None,
     *,
     fused: bool = False,
+    hands_on: bool = False,
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``LlamaDecoderLayer.forward``; `fused` makes it take and return (branch, stream) instead of their sum.
+    """``LlamaDecoderLayer.forward``, with residual additions inside the norms where `fused`.
 
     Args:
         self: the layer.
         hidden_states: the previous layer's branch, or the hidden state where `residual` is None.
         residual: the previous layer's stream. Positional, because reentrant checkpointing differentiates only those.
-        fused: return the branch (the MLP's output) and the stream apart.
+        fused: add inside the norms.
+        hands_on: return (branch, stream) for the next norm to add, instead of their sum.
         **kwargs: passed on to the attention module.
     """
     if residual is not None and not fused:
         raise TypeError("LlamaDecoderLayer.forward: pass every argument but hidden_states by its name")
+    run = functools.partial(_run_layer, self, fused=fused, hands_on=hands_on, **kwargs)
     if self.gradient_checkpointing and self.training and not _LAYER_CHECKPOINTS_ITSELF:
         checkpoint: Callable = self._gradient_checkpointing_func  # type: ignore[assignment]
-        return checkpoint(functools.partial(_run_layer, self, fused=fused, **kwargs), hidden_states, residual)
-    return _run_layer(self, hidden_states, residual, fused=fused, **kwargs)
+        return checkpoint(run, hidden_states, residual)
+    return run(hidden_states, residual)  # type: ignore[call-arg]
 
 
 def _run_layer(
-    self: LlamaDecoderLayer, hidden_states: Tensor, residual: Tensor | None, *, fused: bool, **kwargs: Any
+    self: LlamaDecoderLayer,
+    hidden_states: Tensor,
+    residual: Tensor | None,
+    *,
+    fused: bool,
+    hands_on: bool,
+    **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if not fused:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -184,7 +193,8 @@ def _run_layer(
         x, stream = self.input_layernorm(residual, residual=hidden_states)
     attended, _ = self.self_attn(hidden_states=x, **kwargs)
     x, stream = self.post_attention_layernorm(stream, residual=attended)
-    return self.mlp(x), stream
+    branch = self.mlp(x)
+    return (branch, stream) if hands_on else stream + branch
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -273,14 +283,16 @@ def model_forward(
 
     states: list[Any] = []  # None where a state was not selected
     fused = not watched and not outputs.hidden_states and _norms_can_add(self)
+    # A checkpointed layer keeps what it is handed: the sum is half of the pair.
+    hands_on = fused and not (self.gradient_checkpointing and self.training)
     residual = None
     for layer in self.layers[: self.config.num_hidden_layers]:
-        if fused:
-            hidden_states, residual = layer(hidden_states, residual, fused=True, **arguments)
+        if outputs.hidden_states:
+            states.append(in_shape(hidden_states) if outputs.selects(len(states)) else None)
+        if hands_on:
+            hidden_states, residual = layer(hidden_states, residual, fused=True, hands_on=True, **arguments)
         else:
-            if outputs.hidden_states:
-                states.append(in_shape(hidden_states) if outputs.selects(len(states)) else None)
-            hidden_states = layer(hidden_states, **arguments)
+            hidden_states = layer(hidden_states, fused=fused, **arguments)
     if residual is None:
         hidden_states = self.norm(hidden_states)
     else:

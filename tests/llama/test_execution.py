@@ -49,9 +49,13 @@ def test_gradient_checkpointing(use_reentrant: bool, when: str, monkeypatch: pyt
         ours.enable_input_require_grads()
     runs = []
     run = forwards._run_layer
-    monkeypatch.setattr(forwards, "_run_layer", lambda *a, **k: (runs.append(k["fused"]), run(*a, **k))[1])
+    monkeypatch.setattr(
+        forwards,
+        "_run_layer",
+        lambda *a, **k: (runs.append((a[2] is None, k["fused"], k["hands_on"])), run(*a, **k))[1],
+    )
     assert_same(loss_and_gradients(ours, **packed(documents())), separate_documents(stock, documents()))
-    assert runs == [True] * 4, "two layers forward, two again in the backward"
+    assert runs == [(True, True, False)] * 4, "two layers forward, two again in the backward, one tensor kept for each"
     runs.clear()
     ours.eval()(**packed(documents()))
     assert len(runs) == 2
@@ -270,7 +274,7 @@ def test_fsdp2_equals_unsharded(mesh: DeviceMesh, head: str, first: str, bf16: b
             accelerate(ours)
         fused = []
         run = forwards._run_layer
-        monkeypatch.setattr(forwards, "_run_layer", lambda *a, **k: (fused.append(k["fused"]), run(*a, **k))[1])
+        monkeypatch.setattr(forwards, "_run_layer", lambda *a, **k: (fused.append(k["hands_on"]), run(*a, **k))[1])
         batch = packed(documents()) | {"num_items_in_batch": torch.tensor(3001)}
         for _ in range(2):  # the second step starts from what the first left sharded
             expected = loss_and_gradients(unsharded, **batch)

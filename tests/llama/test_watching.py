@@ -25,10 +25,10 @@ from tests.llama.tiny import (
 
 @pytest.fixture
 def layouts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Records for every layer that runs whether its residual additions are fused."""
+    """Records for every layer that runs whether both its residual additions are fused."""
     seen: list[bool] = []
     run = forwards._run_layer
-    monkeypatch.setattr(forwards, "_run_layer", lambda *a, **k: (seen.append(k["fused"]), run(*a, **k))[1])
+    monkeypatch.setattr(forwards, "_run_layer", lambda *a, **k: (seen.append(k["hands_on"]), run(*a, **k))[1])
     return seen
 
 
