@@ -1,0 +1,71 @@
+"""Run folders, and models saved so that stock transformers loads them."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from lemur_fast.files import staged_folder
+
+
+def numbered_folder(base: str | Path) -> Path:
+    """Make and return the first of `base`, `base-2`, `base-3`, ... that does not exist or is an empty folder."""
+    base = Path(base)
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir() or any(folder.iterdir()):
+                continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def run_folder(out: Path | None, default: str | Path, overwrite: bool = False) -> Path:
+    """Make the folder of a run: new or empty, and writable.
+
+    Args:
+        out: the folder that the user asked for, or None for `default`, numbered when it is taken.
+        default: such as `runs/pretrain-tiny`.
+        overwrite: delete the earlier run in `out`.
+
+    Raises:
+        FileExistsError: `out` is not empty, and was not to be deleted or is no run.
+        OSError: the folder cannot be made.
+    """
+    if out is None:
+        return numbered_folder(default)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"--out {out} is not empty: choose another folder, or delete it with --overwrite")
+        if not (out / "run.json").is_file():
+            raise FileExistsError(f"--overwrite: {out} holds no run.json, so it is no run, and is left alone")
+        shutil.rmtree(out)
+    return numbered_folder(out)
+
+
+def save_model(
+    folder: Path,
+    config: LlamaConfig,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
+) -> None:
+    """Write a Hugging Face model folder: config, fp32 safetensors, tokenizer, generation config.
+
+    A stock model is made without memory of its own, given the weights, and saved: what was trained, wrapped and patched
+    leaves no trace. The folder appears only when it is whole.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.config.dtype = torch.float32
+    model.generation_config = generation
+    with staged_folder(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
