@@ -705,6 +705,11 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-@functools.cache
+_announced: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces, instead of breaking its graph
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(message, stacklevel=3)

@@ -65,7 +65,7 @@ def test_checkpointing_fills_no_cache() -> None:
     ours, _ = pair()
     ours.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(1, VOCAB, (2, 9))
-    forwards._warn_once.cache_clear()
+    forwards._announced.clear()
     with pytest.warns(UserWarning, match="use_cache=True while gradient checkpointing"):
         assert ours(ids, use_cache=True).past_key_values is None
     cache = ours.eval()(ids, use_cache=True).past_key_values
@@ -308,7 +308,7 @@ def test_fsdp2_with_gradient_checkpointing(mesh: DeviceMesh) -> None:
 def test_a_count_that_fsdp2_rounded_is_announced(mesh: DeviceMesh) -> None:
     ours, _ = pair()
     shard(ours, mesh, "own", MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    forwards._warn_once.cache_clear()
+    forwards._announced.clear()
     with pytest.warns(UserWarning, match="num_items_in_batch: got torch.bfloat16, which rounds counts above 256"):
         ours(**packed(documents()), num_items_in_batch=torch.tensor(3001.0))
 

@@ -280,6 +280,19 @@ def test_lora(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(ours(**clean).logits, stock(**clean).logits)
 
 
+def test_compiled_with_an_adapter_on_every_layer() -> None:
+    """The announcement that logits are held must not break the graph."""
+    ours, stock = tiny_llama(), lora(tiny_llama(), target_modules=[*LINEARS, "lm_head"])
+    accelerate(ours)
+    ours = lora(ours, target_modules=[*LINEARS, "lm_head"])
+    ids = torch.randint(1, VOCAB, (2, 9))
+    torch.compiler.reset()
+    forwards._announced.clear()
+    with pytest.warns(UserWarning, match="lm_head has an adapter or hooks"):
+        loss = torch.compile(ours, fullgraph=True, backend="aot_eager")(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, stock(input_ids=ids, labels=ids).loss, rtol=1e-5, atol=0)
+
+
 def test_adapters_of_other_layers_are_called_not_read(tmp_path: Path) -> None:
     """Adapters that are merged, unloaded, saved and loaded keep counting."""
     ours, stock = lora(tiny_llama(), target_modules=LINEARS), lora(tiny_llama(), target_modules=LINEARS)
