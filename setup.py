@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configures, builds, and puts the module where setuptools expects it."""
-        cuda = os.environ.get("LEMUR_FAST_CUDA", "auto")
+        cuda = os.environ.get("LEMUR_FAST_CUDA") or "auto"
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"lemur_fast: LEMUR_FAST_CUDA is {cuda!r}; it takes 0, 1, or nothing")
         if not has_cxx_compiler():

@@ -21,10 +21,11 @@ import torch
 
 
 def machine() -> str:
-    """One line: CPU or GPU, threads, versions, commit. Every printed figure stands under it."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    """One line: CPU, threads, versions, commit. Every printed figure stands under it, and is the CPU's."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return f"{device}, {torch.get_num_threads()} threads, {packages}, Python {platform.python_version()}, {commit()}"
+    return (
+        f"{_cpu_name()}, {torch.get_num_threads()} threads, {packages}, Python {platform.python_version()}, {commit()}"
+    )
 
 
 def _cpu_name() -> str:

@@ -31,7 +31,9 @@ from lemur_fast.data.tokenizer import encode_documents, load_tokenizer
 
 FLOOR = "matrix products alone"
 BASELINE = "HF sdpa"
-LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}  # relative, to stock Hugging Face in float32
+# Relative, to stock Hugging Face in float32, whose own bfloat16 is off by 2e-5. Documents that attend to one another
+# show as 1e-3: at random weights the loss hangs little on attention.
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-4}
 
 
 @dataclass

@@ -16,6 +16,8 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got {type(tensor).__name__}; takes a torch.Tensor")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}; takes float32, bfloat16, float16 or float64")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {tensor.layout}; takes a strided (dense) tensor")
 
 
 def check_integer(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -23,6 +25,22 @@ def check_integer(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name}: got {type(tensor).__name__}; takes a torch.Tensor")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {tensor.dtype}; takes {' or '.join(map(str, dtypes))}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Checks an integer that counts something."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes an int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; must be at least 1")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> None:
+    """Checks a Python number that must not be negative (or must be positive); nan is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes a number")
+    if not (value > 0 if positive else value >= 0):
+        raise ValueError(f"{name}: got {value}; must {'be positive' if positive else 'not be negative'}")
 
 
 def check_dims(name: str, tensor: Tensor, layout: str) -> None:

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from lemur_fast.dispatch import debug_enabled
-from lemur_fast.ops._checks import check_device, check_float, check_integer, check_shape, compute_dtype
+from lemur_fast.ops._checks import (
+    check_device,
+    check_float,
+    check_integer,
+    check_number,
+    check_shape,
+    compute_dtype,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -156,10 +163,8 @@ def trained_rows_loss(
     log_p = torch.log_softmax(x, -1, dtype=wide)
     column = labels[:, None]
     log_p_y = log_p.gather(1, column)[:, 0]
-    x_y = x.gather(1, column)[:, 0].to(wide)
-    lse = x_y - log_p_y
-    if not bool(torch.isfinite(x_y).all()):  # -inf - (-inf): a label whose logit is masked out
-        lse = torch.where(torch.isfinite(x_y), lse, torch.logsumexp(x.to(wide), -1))
+    # By the largest logit, not by the label's: there is nothing to cancel, also where the label is masked out.
+    lse = x.amax(-1).to(wide) - log_p.amax(-1) if z_loss or want_stats else log_p_y  # else nobody reads it
     loss = -log_p_y if not smoothing else -(1 - smoothing) * log_p_y - smoothing * log_p.mean(-1)
     if z_loss:
         loss = loss + z_loss * lse.square()
@@ -208,16 +213,23 @@ def loss_options(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, num_items: object
 ) -> LossOptions:
     """Checks the numbers of a loss and gathers them."""
-    if not 0.0 <= label_smoothing <= 1.0:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}; takes an int")
+    check_number("label_smoothing", label_smoothing)
+    if label_smoothing > 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}; takes 0 to 1")
-    if z_loss < 0:
-        raise ValueError(f"z_loss: got {z_loss}; must not be negative")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: got {softcap}; must be positive, or None for no cap")
+    check_number("z_loss", z_loss)
+    if softcap is not None:
+        check_number("softcap", softcap, positive=True)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}; takes {', '.join(map(repr, REDUCTIONS))}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: got a value with reduction={reduction!r}; takes reduction='mean'")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: got shape {list(num_items.shape)}; takes one number")
+    elif num_items is not None:
+        check_number("num_items", num_items)
     return LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0)
 
 
@@ -232,12 +244,14 @@ def check_labels(labels: Tensor, weights: Tensor | None, tokens: int, device: to
 
 
 def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, trained_weight: Tensor | None) -> Tensor:
-    """`total` over `num_items`, or over the weight of the trained tokens; 0 when that is 0."""
-    items = num_items if num_items is not None else trained_weight
-    if isinstance(items, Tensor):
-        items = items.to(device=total.device, dtype=total.dtype)
-        return total / torch.where(items == 0, 1.0, items)
-    return total / (items or 1.0)
+    """`total` over `num_items`, or over the weight of the trained tokens; 0 when both are 0."""
+    items = trained_weight if num_items is None else num_items
+    assert items is not None
+    if not isinstance(items, Tensor):
+        items = torch.full_like(total, items)
+    items = items.to(device=total.device, dtype=total.dtype).reshape(())
+    # Nothing trained: 0 / 1 has finite gradients. Losses over no items stay infinite: the count is wrong.
+    return total / torch.where((items == 0) & (total == 0), 1.0, items)
 
 
 def trained_weight(labels: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -32,10 +32,12 @@ from torch import Tensor
 
 from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
+    check_count,
     check_device,
     check_dims,
     check_float,
     check_integer,
+    check_number,
     check_shape,
     compute_dtype,
     to_autocast_dtype,
@@ -160,6 +162,8 @@ def _block_backward(
     delta = (dout_rows * _grouped(out[rows], kv_heads, wide)).sum(-1).permute(1, 2, 0)
     if dlse is not None:
         delta = delta - dlse[:, rows].to(wide).unflatten(0, (kv_heads, -1))
+        # Merging two lse of -inf sends NaN back, as logaddexp does: it must not reach 0 * NaN below.
+        delta = delta.masked_fill(block_lse == -torch.inf, 0.0)
     ds = p * (torch.einsum("qhgd,khd->hgqk", dout_rows, v_wide) - delta[..., None])
     if options.softcap:
         ds = ds * (1 - (scores / options.softcap).square())
@@ -310,7 +314,7 @@ def _flash_inputs(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> tuple[Tenso
 
 
 def _flash_serves(documents: list[_Document], options: AttentionOptions) -> bool:
-    if options.softcap:
+    if options.softcap or options.scale <= 0:  # the kernel masks before it scales: -inf times 0 is NaN
         return False
     if not options.causal:
         return True
@@ -395,9 +399,9 @@ register_backend(
 # ---- registration and autograd ---------------------------------------------------------------------------------------
 
 
-def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """Raises for bounds that do not describe documents, where looking is free (CPU) or asked for (debug mode)."""
-    if cu_seqlens.device.type != "cpu" and not debug_enabled():
+def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int, backend: str) -> None:
+    """Raises for bounds that do not describe documents, where looking is free, done anyway, or asked for."""
+    if cu_seqlens.device.type != "cpu" and backend != "reference" and not debug_enabled():
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
@@ -421,8 +425,8 @@ def _attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0])
-    _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0], backend)
+    _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], backend)
     options = AttentionOptions(causal, window, softcap, scale)
     return implementation("attention", backend, "forward")(q, k, v, cu_seqlens, cu_seqlens_k, options)
 
@@ -561,10 +565,12 @@ def attention(
         check_integer("cu_seqlens_k", cu_seqlens_k, (torch.int32,))
         check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "the shape of cu_seqlens")
         check_device("cu_seqlens_k", cu_seqlens_k, q.device)
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window: got {window} with causal={causal}; takes at least 1, with causal=True")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: got {softcap}; must be positive, or None for no cap")
+    if window is not None:
+        check_count("window", window)
+        if not causal:
+            raise ValueError(f"window: got {window} with causal=False; takes causal=True")
+    if softcap is not None:
+        check_number("softcap", softcap, positive=True)
     q, k, v = to_autocast_dtype(q, k, v)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
+    check_count,
     check_device,
     check_dims,
     check_float,
@@ -434,8 +435,8 @@ def linear_cross_entropy(
         check_integer("rows", rows, (torch.int32, torch.int64))
         check_dims("rows", rows, "[R]")
         check_device("rows", rows, hidden.device)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: got {chunk_tokens}; must be at least 1, or None to choose")
+    if chunk_tokens is not None:
+        check_count("chunk_tokens", chunk_tokens)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     (hidden,) = to_autocast_dtype(hidden)
     if weight.dtype not in (hidden.dtype, torch.float32):

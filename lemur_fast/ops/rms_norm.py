@@ -22,7 +22,14 @@ from torch import Tensor
 
 from lemur_fast import _compiled
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
-from lemur_fast.ops._checks import check_device, check_float, check_shape, compute_dtype, unit_stride
+from lemur_fast.ops._checks import (
+    check_device,
+    check_float,
+    check_number,
+    check_shape,
+    compute_dtype,
+    unit_stride,
+)
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -245,8 +252,7 @@ def rms_norm(
         raise ValueError(f"x: got shape {list(x.shape)}; takes [..., H] with H > 0")
     check_shape("weight", weight, (x.shape[-1],), "the last dimension of x")
     check_device("weight", weight, x.device)
-    if eps < 0:
-        raise ValueError(f"eps: got {eps}; must not be negative")
+    check_number("eps", eps)
     rows = (-1, x.shape[-1]) if x.numel() else (0, x.shape[-1])
     if residual is None:
         backend = choose("rms_norm", x.device, x.dtype, weight_dtype=weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -122,7 +123,7 @@ def test_other_numbers_of_keys_than_queries(backend, dtype, causal):
     check(bounds(9, 20, 30, 4, 0), bounds(30, 20, 11, 0, 6), shape={"dtype": dtype}, causal=causal)
 
 
-@pytest.mark.parametrize("window", [1, 3, 40, 1000])
+@pytest.mark.parametrize("window", [1, 3, 40, 169, 170, 1000])
 def test_window(backend, window):
     for dtype in (torch.float32, torch.bfloat16):
         check(bounds(50, 1, 170, 3), shape={"dtype": dtype}, window=window)
@@ -136,6 +137,36 @@ def test_softcap_and_scale(backend, causal):
     floor = torch.finfo(torch.bfloat16).eps
     check(bounds(50, 140), shape={"dtype": torch.bfloat16}, floor=floor, causal=causal, softcap=0.7, scale=0.4)
     check(bounds(50, 140), causal=causal, scale=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(backend, scale):
+    check(bounds(50, 17), scale=scale)
+    check(bounds(50, 17), scale=scale, causal=False)
+
+
+def test_plain_training_takes_the_fast_path(monkeypatch):
+    """Windows, softcaps and gradients of lse go block by block; causal documents without them must not."""
+    from lemur_fast.ops import attention as module
+
+    def slow(*arguments):
+        raise AssertionError("block by block")
+
+    for name in ("_blockwise_forward", "_blockwise_backward"):
+        monkeypatch.setattr(sys.modules[module.__module__], name, slow)
+    inputs = [x.requires_grad_() for x in make(bounds(50, 17)).values()]
+    lf.ops.attention(*inputs, bounds(50, 17)).sum().backward()
+    lf.ops.attention(*inputs, bounds(50, 17), return_lse=True)[0].sum().backward()
+    with pytest.raises(AssertionError, match="block by block"):
+        lf.ops.attention(*inputs, bounds(50, 17), window=3)
+
+
+def test_merging_two_rows_that_see_nothing(backend):
+    """logaddexp of -inf and -inf sends NaN back; a query that sees nothing must not spread it to its neighbours."""
+    inputs = [x.requires_grad_() for x in make(bounds(4), bounds(2)).values()]
+    _, lse = lf.ops.attention(*inputs, bounds(4), bounds(2), return_lse=True)
+    torch.logaddexp(lse, lse)[:, 2:].sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in inputs)
 
 
 def test_many_short_documents(backend):
@@ -319,6 +350,7 @@ def test_padded_lengths_are_few_and_close():
         ({"cu_seqlens_k": bounds(3, 3)}, ValueError, r"cu_seqlens_k: got shape \[3\]"),
         ({"window": 0}, ValueError, "window: got 0"),
         ({"window": 4, "causal": False}, ValueError, "window: got 4 with causal=False"),
+        ({"window": 2.5}, TypeError, "window: got float; takes an int"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
@@ -119,7 +121,7 @@ def test_weights_and_their_gradient(backend, reduction):
 
 
 def test_num_items_is_what_mean_divides_by(backend):
-    for items in (50, 12.5, torch.tensor(50), torch.tensor(50.0)):
+    for items in (50, 12.5, torch.tensor(4097), torch.tensor(50.0)):
         compare(
             lambda **t: lf.ops.cross_entropy(**t, num_items=items),  # noqa: B023
             lambda **t: formula(**t, num_items=items),  # noqa: B023
@@ -192,6 +194,29 @@ def test_wider_weight_gets_a_float32_gradient(backend):
     assert_as_good("gradient of weight", ours, stock, exact_weight.grad)
 
 
+def test_no_logits_of_the_whole_batch_are_held():
+    """2,048 tokens of 4,000 words, forward and backward: the largest tensor is a chunk's, or the weight's gradient."""
+    hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(4000, 8, requires_grad=True)
+    labels = torch.randint(0, 4000, (2048,))
+    for reduction in ("sum", "none"):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            lf.ops.linear_cross_entropy(hidden, weight, labels, chunk_tokens=64, reduction=reduction).sum().backward()
+        largest = max(event.cpu_memory_usage for event in profile.events() if "lemur_fast" not in event.name)
+        assert largest < 4 * 64 * 4000 * 4
+
+
+def test_untrained_rows_are_not_projected(monkeypatch):
+    hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(1000, 8)
+    labels = torch.full((2048,), -100)
+    labels[::256] = 3
+    seen = []
+    module = sys.modules["lemur_fast.ops.linear_cross_entropy"]
+    rows_loss = module.trained_rows_loss
+    monkeypatch.setattr(module, "trained_rows_loss", lambda x, *a, **k: (seen.append(len(x)), rows_loss(x, *a, **k))[1])
+    lf.ops.linear_cross_entropy(hidden, weight, labels).backward()
+    assert seen == [8]
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -250,8 +275,24 @@ def test_masked_logits(backend):
     loss, stats = lf.ops.cross_entropy(logits.requires_grad_(), labels, reduction="none", return_stats=True)
     assert torch.equal(loss.isinf(), torch.tensor([True, False, False]))
     torch.testing.assert_close(stats.lse, torch.logsumexp(logits, -1))
+    torch.testing.assert_close(stats.entropy, torch.distributions.Categorical(logits=logits.detach()).entropy())
     loss[1:].sum().backward()
     assert torch.isfinite(logits.grad[1:]).all()
+
+
+@pytest.mark.parametrize("low", [-1e5, torch.finfo(torch.float32).min])
+def test_lse_beside_a_very_low_label(backend, low):
+    """Logits masked by a large negative number, the label's among them: lse is that of the others."""
+    logits = torch.randn(2, 16)
+    logits[:, 5] = low
+    _, stats = lf.ops.cross_entropy(logits, torch.tensor([5, 5]), return_stats=True)
+    torch.testing.assert_close(stats.lse, torch.logsumexp(logits.double(), -1).float())
+
+
+def test_losses_over_no_items_are_infinite(backend):
+    case = linear_case()
+    assert lf.ops.linear_cross_entropy(**case, num_items=0).isinf()
+    assert lf.ops.linear_cross_entropy(**case, num_items=torch.tensor(0)).isinf()
 
 
 def test_large_logits_do_not_overflow(backend):
@@ -386,6 +427,13 @@ def test_int32_labels(backend):
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5"),
         ({"z_loss": -1.0}, ValueError, "z_loss: got -1.0"),
         ({"softcap": 0.0}, ValueError, "softcap: got 0.0"),
+        ({"chunk_tokens": 2.5}, TypeError, "chunk_tokens: got float; takes an int"),
+        ({"ignore_index": -100.0}, TypeError, "ignore_index: got float"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing: got str"),
+        ({"softcap": float("nan")}, ValueError, "softcap: got nan"),
+        ({"num_items": "5"}, TypeError, "num_items: got str"),
+        ({"num_items": -5}, ValueError, "num_items: got -5"),
+        ({"num_items": torch.tensor([3, 4])}, ValueError, r"num_items: got shape \[2\]; takes one number"),
         ({"reduction": "avg"}, ValueError, "reduction: got 'avg'"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items: got a value with reduction='sum'"),
     ],
