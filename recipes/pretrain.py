@@ -107,7 +107,7 @@ class Pretrain:
     """Optimizer steps."""
     batch_tokens: int = 4096
     """Tokens in an optimizer step, a multiple of seq_len; they are read seq_len at a time and accumulated."""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """Peak learning rate. It warms up linearly, then follows a cosine down to a tenth."""
     warmup_steps: int = 10
     """Steps until the learning rate is at its peak."""

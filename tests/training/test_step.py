@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_all_tokens_at_once(make_model, document
 def test_bf16_compute_accumulates_in_fp32(make_model, documents, mesh):
     """Many equal micro-batches: summed in bf16, their gradients would stop growing."""
     gradients = {}
-    for count in (1, 512):
+    for count in (1, 300):
         model = make_model(num_hidden_layers=1)
         lf.accelerate(model)
         shard(model, list(model.model.layers), mesh, torch.bfloat16)
@@ -61,8 +61,8 @@ def test_bf16_compute_accumulates_in_fp32(make_model, documents, mesh):
         gradients[count] = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     for name, one in gradients[1].items():
         assert one.dtype == torch.float32
-        difference = (gradients[512][name] - one).norm() / one.norm()
-        assert difference < 2e-2, name  # each of the 512 parts rounds on its own; a bf16 sum is off by half
+        difference = (gradients[300][name] - one).norm() / one.norm()
+        assert difference < 2e-2, name  # each part rounds on its own; a bf16 sum stops at 256 of the 300
 
 
 def test_held_out_loss_is_the_mean_over_all_tokens(make_model, documents, mesh):
