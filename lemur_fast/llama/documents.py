@@ -186,10 +186,15 @@ def _row_positions(batch_shape: tuple[int, int], device: torch.device) -> Tensor
     return torch.arange(batch_shape[1], device=device).expand(batch_shape)
 
 
+def _may_look(tensor: Tensor) -> bool:
+    """Whether values may be looked at: free on a CPU, a sync elsewhere, a graph break under torch.compile."""
+    return debug_enabled() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
 def _flash_cu_seqlens(cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None) -> Tensor:
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
         differ = cu_seq_lens_k.shape != cu_seq_lens_q.shape or (
-            debug_enabled() and not torch.equal(cu_seq_lens_k, cu_seq_lens_q)
+            _may_look(cu_seq_lens_k) and not torch.equal(cu_seq_lens_k, cu_seq_lens_q)
         )
         if differ:
             raise ValueError("cu_seq_lens_k: differs from cu_seq_lens_q; self-attention takes the same bounds for both")
@@ -207,7 +212,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, batch_shape: tuple[int, int], device: 
         raise ValueError(f"cu_seqlens: got it beside an input of shape {list(batch_shape)}; takes an input of [1, T]")
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}; takes {device}, where the input is")
-    if debug_enabled():
+    if _may_look(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] > batch_shape[1] or bounds != sorted(bounds):
             raise ValueError(

@@ -336,12 +336,20 @@ def plan_call(
         # The configuration's default is meant for generation: training never reads the cache it would fill.
         asks_for_cache = asks_for_cache or (bool(self.config.use_cache) and not self.training)
 
-    if asks_for_cache and position_ids is not None and attention_mask is None and past_key_values is None:
-        restarts = find_documents(batch_shape, device, position_ids=position_ids).split_rows
-        if restarts and use_cache is None:
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: got {type(attention_mask).__name__}; takes a tensor")
+    rows_masked = attention_mask is None or attention_mask.dim() == 2
+    if asks_for_cache and position_ids is not None and rows_masked and past_key_values is None:
+        # Among real tokens alone: what a mask leaves out may have any position. Under torch.compile the answer is that
+        # they may restart, because looking would break the graph.
+        restart = find_documents(
+            batch_shape, device, attention_mask=attention_mask, position_ids=position_ids
+        ).split_rows
+        if restart and use_cache is None:
             asks_for_cache = False
-        elif restarts and not torch.compiler.is_compiling():
-            raise ValueError("position_ids: they restart, which says documents, beside use_cache=True; pass False")
+        elif restart:
+            may = "may restart (torch.compile cannot look)" if torch.compiler.is_compiling() else "restart"
+            raise ValueError(f"position_ids: they {may}, which says documents, beside use_cache=True; pass False")
     if asks_for_cache:
         return Plan(None, None, watched)
 
@@ -476,7 +484,7 @@ def causal_lm_forward(
         all_logits = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
         targets = Targets(
             labels=_targets(labels, shift_labels, batch_shape, device, plan.documents, ignore_index),
-            rows=_checked_rows(trained_rows, plan.documents),
+            rows=_checked_rows(trained_rows, plan.documents, device),
             num_items=_checked_count(num_items_in_batch),
             ignore_index=ignore_index,
         )
@@ -607,7 +615,8 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
     name, given, layout = (
         ("input_ids", input_ids, "[B, T]") if inputs_embeds is None else ("inputs_embeds", inputs_embeds, "[B, T, H]")
     )
-    assert given is not None
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got {type(given).__name__}; takes a tensor {layout}")
     if given.dim() != layout.count(",") + 1:
         raise ValueError(f"{name}: got shape {list(given.shape)}; takes {layout}")
     return (given.shape[0], given.shape[1]), given.device
@@ -628,16 +637,27 @@ def _targets(
 ) -> Tensor:
     """``[P]``: the target of every token that the layers saw."""
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-    if given is None or tuple(given.shape) != batch_shape:
-        got = None if given is None else list(given.shape)
-        raise ValueError(f"{name}: got shape {got}; takes {list(batch_shape)}, the shape of the input")
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got {type(given).__name__}; takes a tensor {list(batch_shape)}")
+    if tuple(given.shape) != batch_shape:
+        raise ValueError(f"{name}: got shape {list(given.shape)}; takes {list(batch_shape)}, the shape of the input")
     given = given.to(device)
     shifted = F.pad(given, (0, 1), value=ignore_index)[:, 1:] if shift_labels is None else given
     return shifted.flatten() if documents is None else targets_within_documents(shifted, documents, ignore_index)
 
 
-def _checked_rows(trained_rows: Tensor | None, documents: Documents | None) -> Tensor | None:
-    if trained_rows is not None and documents is not None and documents.rows is not None:
+def _checked_rows(trained_rows: Tensor | None, documents: Documents | None, device: torch.device) -> Tensor | None:
+    if trained_rows is None:
+        return None
+    if not isinstance(trained_rows, Tensor):
+        raise TypeError(f"trained_rows: got {type(trained_rows).__name__}; takes an int32 tensor [R]")
+    if trained_rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"trained_rows: got dtype {trained_rows.dtype}; takes int32 or int64 (indices, not a mask)")
+    if trained_rows.dim() != 1:
+        raise ValueError(f"trained_rows: got shape {list(trained_rows.shape)}; takes [R]")
+    if trained_rows.device != device:
+        raise ValueError(f"trained_rows: got device {trained_rows.device}; takes {device}, where the input is")
+    if documents is not None and documents.rows is not None:
         raise ValueError("trained_rows: got it beside padding in attention_mask; takes a packed batch")
     return trained_rows
 

@@ -51,6 +51,11 @@ def attend(
     for name in ("position_bias", "s_aux", "cache"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: got a value; the attention of lemur_fast does not take it")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask: got shape {list(attention_mask.shape)}; the attention of lemur_fast takes [B, T], and "
+            "finds out itself what a token may see"
+        )
     batch, _, tokens, _ = query.shape
     if attention_mask is not None:  # a static cache is longer than what fills it
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))

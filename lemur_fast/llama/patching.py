@@ -185,6 +185,8 @@ def _check_ops(ops: str | Iterable[str]) -> tuple[str, ...]:
         if ops != "all":
             raise ValueError(f'ops: got {ops!r}; takes "all" or a list of names of {", ".join(OPS)}')
         return OPS
+    if not isinstance(ops, Iterable):
+        raise TypeError(f'ops: got {type(ops).__name__}; takes "all" or names of {", ".join(OPS)}')
     asked = list(ops)
     unknown = [name for name in asked if name not in OPS]
     if unknown or not asked:

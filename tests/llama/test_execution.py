@@ -337,3 +337,19 @@ def test_gradients_of_an_accumulated_step(mesh: DeviceMesh) -> None:
         ours(**packed([doc]), num_items_in_batch=count).loss.backward()
     expected = separate_documents(stock, docs)
     assert_same((expected[0], {k: v.full_tensor() for k, v in gradients(ours).items()}), expected)
+
+
+def test_compiled_positions_beside_a_cache() -> None:
+    """The compiler cannot see whether they restart: a cache that was asked for is refused, a default one left out."""
+    ours, stock = pair()
+    ours.eval(), stock.eval()
+    docs = documents()
+    batch = {name: packed(docs)[name] for name in ("input_ids", "position_ids")}
+    with pytest.raises(ValueError, match="position_ids: they restart"):
+        ours(**batch, use_cache=True)
+    compiled = torch.compile(ours, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"position_ids: they (may )?restart"):
+        compiled(**batch, use_cache=True)
+    apart = torch.cat([stock(input_ids=doc[None]).logits for doc in docs], 1)
+    assert_near(compiled(**batch).logits, apart)
+    assert_near(ours(**batch).logits, apart)

@@ -36,6 +36,13 @@ def test_padding_is_skipped(side: str) -> None:
     assert_same(loss_and_gradients(model, **batch), loss_and_gradients(stock, **batch))
 
 
+def test_a_mask_of_four_dimensions_is_refused() -> None:
+    model = tiny_llama(attn_implementation="lemur_fast")
+    causal = torch.ones(20, 20).tril().bool()[None, None]
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \[1, 1, 20, 20\].*takes \[B, T\]"):
+        model(input_ids=torch.ones(1, 20, dtype=torch.long), attention_mask=causal, use_cache=False)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_gives_the_tokens_of_stock(cache: str | None) -> None:
     batch = padded(documents((7, 3, 12, 5)), "left")

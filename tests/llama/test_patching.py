@@ -432,3 +432,48 @@ def test_debug_mode_looks_at_the_bounds(bounds: list[int], monkeypatch: pytest.M
     ours, _ = pair()
     with pytest.raises(ValueError, match=r"cu_seqlens: got \[.*never decrease"):
         ours(torch.ones(1, 9).long(), cu_seqlens=torch.tensor(bounds))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"trained_rows": torch.ones(25, dtype=torch.bool)}, TypeError, "trained_rows: got dtype torch.bool"),
+        ({"trained_rows": torch.ones(3)}, TypeError, "trained_rows: got dtype torch.float32"),
+        ({"trained_rows": torch.ones(1, 3, dtype=torch.int32)}, ValueError, r"trained_rows: got shape \[1, 3\]"),
+        ({"trained_rows": [1, 2]}, TypeError, "trained_rows: got list"),
+        ({"labels": [1, 2]}, TypeError, "labels: got list"),
+        ({"input_ids": [1, 2]}, TypeError, "input_ids: got list"),
+        ({"attention_mask": {"full": None}, "cu_seqlens": None}, TypeError, "attention_mask: got dict"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(training: bool, change: dict, error: type, words: str) -> None:
+    model = tiny_llama().train(training)
+    accelerate(model)
+    with pytest.raises(error, match=words):
+        model(**(packed(documents()) | change))
+
+
+@pytest.mark.parametrize("ops", ["all", ["rms_norm", "linear_cross_entropy"]])
+@pytest.mark.parametrize("bounds", [[0, 8, 30], [0, 12, 8, 25], [3, 12, 25]])
+def test_bounds_are_looked_at_on_a_cpu_whatever_attends(ops: Any, bounds: list[int]) -> None:
+    model = tiny_llama()
+    accelerate(model, ops=ops)
+    with pytest.raises(ValueError, match="cu_seqlens: got"):
+        model(**(packed(documents()) | {"cu_seqlens": torch.tensor(bounds).int()}))
+
+
+def test_other_bounds_for_the_keys_are_refused() -> None:
+    model = tiny_llama()
+    accelerate(model)
+    batch = packed(documents())
+    bounds = batch.pop("cu_seqlens")
+    other = bounds.clone()
+    other[1] += 1
+    with pytest.raises(ValueError, match="cu_seq_lens_k: differs"):
+        model(**batch, cu_seq_lens_q=bounds, cu_seq_lens_k=other)
+
+
+def test_ops_must_be_names() -> None:
+    with pytest.raises(TypeError, match="ops: got NoneType"):
+        accelerate(tiny_llama(), ops=None)
