@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any, serves_cpu
 from lemur_fast.ops._checks import (
     check_count,
     check_device,
@@ -383,11 +383,7 @@ def _cpu_backward(
     return dq, dk, dv
 
 
-def _cpu_refuses(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    return None if device_type == "cpu" else "needs CPU tensors"
-
-
-register_backend("attention", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("attention", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend(
     "attention",
     "reference",

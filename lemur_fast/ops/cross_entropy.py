@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
 from lemur_fast.ops._checks import check_dims, check_float, compute_dtype
 from lemur_fast.ops._loss import (
     LossOptions,
@@ -54,11 +54,7 @@ def _cpu_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, op
     return dlogits
 
 
-def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    return None if device_type == "cpu" else "needs CPU tensors"
-
-
-register_backend("cross_entropy", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("cross_entropy", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend(
     "cross_entropy",
     "reference",
@@ -70,47 +66,24 @@ register_backend(
 # ---- registration and autograd ---------------------------------------------------------------------------------------
 
 
-def _cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    want_stats: bool,
-    backend: str,
-) -> TokenLoss:
-    check_label_values(labels, logits.shape[1], ignore_index)
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    return implementation("cross_entropy", backend, "forward")(logits, labels.long(), options, want_stats)
+# The schemas below name the options between the tensors and the backend, in the order of LossOptions.
 
 
-def _cross_entropy_fake(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    want_stats: bool,
-    backend: str,
-) -> TokenLoss:
-    return empty_token_loss(logits, logits.shape[0], want_stats)
+def _cross_entropy(logits: Tensor, labels: Tensor, *arguments: Any) -> TokenLoss:
+    *options, want_stats, backend = arguments
+    checked = LossOptions(*options)
+    check_label_values(labels, logits.shape[1], checked.ignore_index)
+    return implementation("cross_entropy", backend, "forward")(logits, labels.long(), checked, want_stats)
 
 
-def _cross_entropy_bwd(
-    dloss: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    backend: str,
-) -> Tensor:
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    return implementation("cross_entropy", backend, "backward")(dloss, logits, labels.long(), lse, options)
+def _cross_entropy_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> TokenLoss:
+    return empty_token_loss(logits, logits.shape[0], want_stats=arguments[-2])
+
+
+def _cross_entropy_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
+    *options, backend = arguments
+    backward = implementation("cross_entropy", backend, "backward")
+    return backward(dloss, logits, labels.long(), lse, LossOptions(*options))
 
 
 def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
 from lemur_fast.ops._checks import (
     check_count,
     check_device,
@@ -162,11 +162,7 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         total.add_(dlogits.T @ hidden)
 
 
-def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    return None if device_type == "cpu" else "needs CPU tensors"
-
-
-register_backend("linear_cross_entropy", "cpu", refuse=_cpu_refuses, run=_cpu_run)
+register_backend("linear_cross_entropy", "cpu", refuse=serves_cpu, run=_cpu_run)
 register_backend("linear_cross_entropy", "reference", refuse=serves_any, run=_reference_run)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------

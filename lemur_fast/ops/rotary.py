@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
 from lemur_fast.ops._checks import check_constant, check_device, check_dims, check_float, check_shape, compute_dtype
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
@@ -82,11 +82,7 @@ def _cpu_backward(dx: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype
     return out.to(dtype)
 
 
-def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    return None if device_type == "cpu" else "needs CPU tensors"
-
-
-register_backend("rotary", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("rotary", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend("rotary", "reference", refuse=serves_any, forward=rotary_reference, backward=rotary_backward_reference)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------

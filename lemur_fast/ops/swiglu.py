@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
 from lemur_fast.ops._checks import check_device, check_float, check_shape, compute_dtype, to_autocast_dtype
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
@@ -50,11 +50,7 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     return torch.ops.aten.silu_backward(dy * up, gate), functional.silu(gate).mul_(dy)
 
 
-def _cpu_refuses(device_type: str, dtype: torch.dtype) -> str | None:
-    return None if device_type == "cpu" else "needs CPU tensors"
-
-
-register_backend("swiglu", "cpu", refuse=_cpu_refuses, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("swiglu", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend("swiglu", "reference", refuse=serves_any, forward=swiglu_reference, backward=swiglu_backward_reference)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------
