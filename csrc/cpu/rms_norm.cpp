@@ -11,6 +11,7 @@
 // nearer to the exact gradient. Everything is read from memory once and written once: a row's second pass finds it in
 // the cache.
 #include <cmath>
+#include <cstring>
 
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -81,13 +82,9 @@ void bwd_rows(const RmsNormBwd& a, int64_t begin, int64_t end, float* dw) {
       Vec dx_i = mul(scale, fma(x_hat, minus_mean, g));
       if (dh) dx_i = add(dx_i, load(dh + i, lanes));
       store(dx + i, dx_i, lanes);
-      if (dw) store(dw + i, fma(dy_i, x_hat, load(static_cast<const float*>(dw) + i, lanes)), lanes);
+      if (dw) store_scratch(dw + i, fma(dy_i, x_hat, load_scratch(dw + i)));
     });
   }
-}
-
-void fill_zero(float* p, int64_t n) {
-  for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, broadcast(0.f), lanes); });
 }
 
 }  // namespace
@@ -111,7 +108,8 @@ void rms_norm_bwd(const RmsNormBwd& a) {
   const int64_t even_share = (a.rows + kMaxBlocks - 1) / kMaxBlocks;
   const int64_t block_rows = even_share < kMinRows ? kMinRows : even_share;
   const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
-  const Scratch partials(a.dw ? blocks * a.cols : 0);
+  const int64_t partial_size = scratch_size(a.cols);
+  const Scratch partials(a.dw ? blocks * partial_size : 0);
 
   with_type(a.x_dtype, [&](auto x_type) {
     with_type(a.w_dtype, [&](auto w_type) {
@@ -120,8 +118,8 @@ void rms_norm_bwd(const RmsNormBwd& a) {
       const int64_t grain = (rows_per_grain(a.cols) + block_rows - 1) / block_rows;
       parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
-          float* dw = a.dw ? partials.data() + block * a.cols : nullptr;
-          if (dw) fill_zero(dw, a.cols);
+          float* dw = a.dw ? partials.data() + block * partial_size : nullptr;
+          if (dw) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(partial_size));
           const int64_t first = block * block_rows, past = first + block_rows;
           bwd_rows<X, W>(a, first, past < a.rows ? past : a.rows, dw);
         }
@@ -130,15 +128,16 @@ void rms_norm_bwd(const RmsNormBwd& a) {
   });
 
   if (!a.dw) return;
-  parallel_for(a.cols, kGrain / (blocks + 1) + 1, [&](int64_t begin, int64_t end) {
-    float* dw = a.dw + begin;
-    fill_zero(dw, end - begin);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const float* partial = partials.data() + block * a.cols + begin;
-      for_lanes(end - begin, [&](int64_t i, auto lanes) {
-        store(dw + i, add(load(static_cast<const float*>(dw) + i, lanes), load(partial + i, lanes)), lanes);
-      });
-    }
+  const int64_t vectors = partial_size / kLanes;
+  parallel_for(vectors, kGrain / kLanes / (blocks + 1) + 1, [&](int64_t begin, int64_t end) {
+    const int64_t offset = begin * kLanes, past = end * kLanes;
+    for_lanes((past < a.cols ? past : a.cols) - offset, [&](int64_t i, auto lanes) {
+      Vec total = broadcast(0.f);
+      for (int64_t block = 0; block < blocks; ++block) {
+        total = add(total, load_scratch(partials.data() + block * partial_size + offset + i));
+      }
+      store(a.dw + offset + i, total, lanes);
+    });
   });
 }
 

@@ -1,14 +1,20 @@
 // Vectors of floats, in the width of the instruction set that a file is compiled for.
 //
-//   Vec                  kLanes floats
-//   load(p, lanes)       from float, bfloat16 or float16 memory, no alignment needed
-//   store(p, v, lanes)   to them, rounded to nearest even
-//   round_to<T>(v)       what a store to T and a load back would give
-//   broadcast, add, mul, fma, sum
+//   Vec                                  kLanes floats
+//   load(p, lanes)                       from float, bfloat16 or float16 memory, no alignment needed
+//   store(p, v, lanes)                   to them, rounded to nearest even
+//   load_scratch, store_scratch          memory of the kernel's own: the cheapest order of elements
+//   round_to<T>(v)                       what a store to T and a load back would give
+//   broadcast, add, sub, mul, fma, maximum, minimum, exp, tanh, sigmoid, select(less(a, b), x, y), sum, largest, first
 //
 // `lanes` is Full, or Tail{n} for the first n lanes: a load then fills the others with zeros, a store leaves what lies
-// behind untouched. for_lanes and sum_lanes walk a row with them, so that a kernel's body is written once for every
-// dtype, instruction set and width.
+// behind untouched. for_lanes, sum_lanes and max_lanes walk a row with them, so that a kernel's body is written once
+// for every dtype, instruction set and width.
+//
+// A Vec is two registers: one has the elements 0, 2, 4, ..., the other 1, 3, 5, ... So a register full of bfloat16
+// splits by one shift and one mask and is put together by one shift and one blend, where widening and narrowing in
+// order would take three times the instructions, and those decide the speed of a kernel whose data lies in a cache.
+// Floats and halves are shuffled into this order, one instruction a register.
 #pragma once
 
 #include <cmath>
@@ -28,126 +34,203 @@ struct Tail {
   int count;  // 0 < count < kLanes
 };
 
-// ---- vectors ----
+// ---- registers: all that an instruction set has to bring ----
+//
+// maximum and minimum return the second operand where one is NaN. scale_by_power(v, n) is v * 2^n for whole n in
+// [-252, 254]. split and join turn memory order into Vec order and back.
 
 #if defined(LEMUR_ISA_AVX512)
 
-using Vec = __m512;
-constexpr int kLanes = 16;
+using Reg = __m512;
+using Bits = __m512i;
+using Mask = __mmask16;
+constexpr int kRegLanes = 16;
 
-inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
-inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
-
-inline Vec widen(bfloat16, __m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+inline Reg broadcast_reg(float value) { return _mm512_set1_ps(value); }
+inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+inline Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+inline Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+inline Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+inline Reg maximum(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+inline Reg minimum(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+inline Reg nearest(Reg v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Reg scale_by_power(Reg v, Reg n) { return _mm512_scalef_ps(v, n); }
+inline Mask less(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline Reg select(Mask mask, Reg yes, Reg no) { return _mm512_mask_blend_ps(mask, no, yes); }
+inline float sum(Reg v) { return _mm512_reduce_add_ps(v); }
+inline float largest(Reg v) { return _mm512_reduce_max_ps(v); }
+inline float first(Reg v) { return _mm512_cvtss_f32(v); }
+// For finite d; 1 / d to a rounding or two. A division takes four times as long.
+inline Reg reciprocal(Reg d) {
+  const Reg r = _mm512_rcp14_ps(d);
+  return mul(r, _mm512_fnmadd_ps(d, r, broadcast_reg(2.f)));
 }
-inline Vec widen(float16, __m256i bits) { return _mm512_cvtph_ps(bits); }
 
-// A bfloat16 in the upper half of every lane, with something in the lower half. Not vcvtneps2bf16: that one flushes
-// subnormals to zero.
-inline __m512i round_upper(Vec v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+// A bfloat16 in the upper half of every lane, with something in the lower half. A NaN stays one as long as arithmetic
+// made it. Not vcvtneps2bf16: that one flushes subnormals to zero.
+inline Bits round_upper(Reg v) {
+  const Bits bits = _mm512_castps_si512(v);
+  const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const Bits raised = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(raised, odd, raised, _mm512_set1_epi32(1));
 }
-inline __m256i narrow(bfloat16, Vec v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_upper(v), 16)); }
-inline __m256i narrow(float16, Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline Reg upper_as_float(Bits bits) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline Reg lower_as_float(Bits bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)); }
+inline Bits join_upper(Bits even, Bits odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even, 16), odd);
+}
+inline Bits load_bits(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_bits(void* p, Bits bits) { _mm512_storeu_si512(p, bits); }
 
-inline __mmask16 mask_of(Tail tail) { return static_cast<__mmask16>((1u << tail.count) - 1u); }
-
-inline Vec load(const float* p, Full) { return _mm512_loadu_ps(p); }
-inline Vec load(const float* p, Tail tail) { return _mm512_maskz_loadu_ps(mask_of(tail), p); }
-inline void store(float* p, Vec v, Full) { _mm512_storeu_ps(p, v); }
-inline void store(float* p, Vec v, Tail tail) { _mm512_mask_storeu_ps(p, mask_of(tail), v); }
-
-template <typename T>
-inline Vec load(const T* p, Full) {
-  return widen(T{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+inline Reg load_reg(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_reg(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+inline Reg load_reg(const float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-template <typename T>
-inline Vec load(const T* p, Tail tail) {
-  return widen(T{}, _mm256_maskz_loadu_epi16(mask_of(tail), p));
+inline void store_reg(float16* p, Reg v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-template <typename T>
-inline void store(T* p, Vec v, Full) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(T{}, v));
+inline Reg round_half(Reg v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void split(Reg& a, Reg& b) {
+  const Bits even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Bits odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  const Reg evens = _mm512_permutex2var_ps(a, even, b);
+  b = _mm512_permutex2var_ps(a, odd, b);
+  a = evens;
 }
-template <typename T>
-inline void store(T* p, Vec v, Tail tail) {
-  _mm256_mask_storeu_epi16(p, mask_of(tail), narrow(T{}, v));
+inline void join(Reg& a, Reg& b) {
+  const Bits low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Bits high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const Reg lows = _mm512_permutex2var_ps(a, low, b);
+  b = _mm512_permutex2var_ps(a, high, b);
+  a = lows;
 }
 
 #elif defined(LEMUR_ISA_AVX2)
 
-using Vec = __m256;
-constexpr int kLanes = 8;
+using Reg = __m256;
+using Bits = __m256i;
+using Mask = __m256;
+constexpr int kRegLanes = 8;
 
-inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
-inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline float sum(Vec v) {
+inline Reg broadcast_reg(float value) { return _mm256_set1_ps(value); }
+inline Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+inline Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+inline Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+inline Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+inline Reg maximum(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+inline Reg minimum(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+inline Reg nearest(Reg v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// In two steps, because 2^n itself may not be a normal float.
+inline Reg scale_by_power(Reg v, Reg n) {
+  const Bits whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const Bits rest = _mm256_sub_epi32(whole, half);
+  const auto power = [&](Bits k) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, bias), 23)); };
+  return mul(mul(v, power(half)), power(rest));
+}
+inline Mask less(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+inline Reg select(Mask mask, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, mask); }
+inline float sum(Reg v) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
-
-inline Vec widen(bfloat16, __m128i bits) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+inline float largest(Reg v) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
-inline Vec widen(float16, __m128i bits) { return _mm256_cvtph_ps(bits); }
+inline float first(Reg v) { return _mm256_cvtss_f32(v); }
+inline Reg reciprocal(Reg d) { return _mm256_div_ps(broadcast_reg(1.f), d); }
 
 // A bfloat16 in the upper half of every lane, with something in the lower half.
-inline __m256i round_upper(Vec v) {
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+inline Bits round_upper(Reg v) {
+  const Bits bits = _mm256_castps_si256(v);
+  const Bits odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const Bits number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q));
+  const Bits raise = _mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), number);
+  return _mm256_add_epi32(bits, raise);
 }
-inline __m128i narrow(bfloat16, Vec v) {
-  const __m256i upper = _mm256_srli_epi32(round_upper(v), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+inline Reg upper_as_float(Bits bits) {
+  return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline __m128i narrow(float16, Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline Reg lower_as_float(Bits bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)); }
+inline Bits join_upper(Bits even, Bits odd) { return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa); }
+inline Bits load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_bits(void* p, Bits bits) { _mm256_storeu_si256(static_cast<__m256i*>(p), bits); }
 
-inline Vec load(const float* p, Full) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Vec v, Full) { _mm256_storeu_ps(p, v); }
-template <typename T>
-inline Vec load(const T* p, Full) {
-  return widen(T{}, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+inline Reg load_reg(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_reg(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+inline Reg load_reg(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_reg(float16* p, Reg v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-template <typename T>
-inline void store(T* p, Vec v, Full) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(T{}, v));
+inline Reg round_half(Reg v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void split(Reg& a, Reg& b) {
+  const auto in_order = [](Reg v) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), _MM_SHUFFLE(3, 1, 2, 0)));
+  };
+  const Reg evens = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
+  b = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+  a = evens;
+}
+inline void join(Reg& a, Reg& b) {
+  const Reg low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
 #else  // generic: what the compiler makes of four floats (SSE2, NEON, ...)
 
-typedef float Vec __attribute__((vector_size(16)));
-constexpr int kLanes = 4;
-
-inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
-inline Vec add(Vec a, Vec b) { return a + b; }
-inline Vec mul(Vec a, Vec b) { return a * b; }
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-
+typedef float Reg __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(16)));
-typedef uint16_t HalfBits __attribute__((vector_size(8)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+constexpr int kRegLanes = 4;
+
+inline Reg broadcast_reg(float value) { return Reg{value, value, value, value}; }
+inline Reg add(Reg a, Reg b) { return a + b; }
+inline Reg sub(Reg a, Reg b) { return a - b; }
+inline Reg mul(Reg a, Reg b) { return a * b; }
+inline Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+inline Mask less(Reg a, Reg b) { return a < b; }
+inline Reg select(Mask mask, Reg yes, Reg no) {
+  return reinterpret_cast<Reg>((mask & reinterpret_cast<Mask>(yes)) | (~mask & reinterpret_cast<Mask>(no)));
+}
+inline Reg maximum(Reg a, Reg b) { return select(b < a, a, b); }
+inline Reg minimum(Reg a, Reg b) { return select(a < b, a, b); }
+// For |v| < 2^22: at 1.5 * 2^23 a float's step is 1.
+inline Reg nearest(Reg v) { return (v + 0x1.8p23f) - 0x1.8p23f; }
+// In two steps, because 2^n itself may not be a normal float.
+inline Reg scale_by_power(Reg v, Reg n) {
+  const Mask whole = __builtin_convertvector(n, Mask), half = whole >> 1, rest = whole - half;
+  return v * reinterpret_cast<Reg>((half + 127) << 23) * reinterpret_cast<Reg>((rest + 127) << 23);
+}
+inline float sum(Reg v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float largest(Reg v) {
+  const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
+}
+inline float first(Reg v) { return v[0]; }
+inline Reg reciprocal(Reg d) { return 1.f / d; }
 
 // A bfloat16 in the upper half of every lane, with something in the lower half.
-inline Bits round_upper(Vec v) {
+inline Bits round_upper(Reg v) {
   const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Bits nan = reinterpret_cast<Bits>(v != v);
-  return (nan & 0x7fc00000u) | (~nan & rounded);
+  const Bits number = reinterpret_cast<Bits>(v == v);
+  return bits + (number & (0x7fffu + ((bits >> 16) & 1u)));
 }
+inline Reg upper_as_float(Bits bits) { return reinterpret_cast<Reg>(bits & 0xffff0000u); }
+inline Reg lower_as_float(Bits bits) { return reinterpret_cast<Reg>(bits << 16); }
+inline Bits join_upper(Bits even, Bits odd) { return (even >> 16) | (odd & 0xffff0000u); }
+inline Bits load_bits(const void* p) {
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+inline void store_bits(void* p, Bits bits) { std::memcpy(p, &bits, sizeof bits); }
 
 // Halves one by one: SSE2 has nothing for them.
 #if defined(__aarch64__)
@@ -197,31 +280,114 @@ inline float16 to_float16(float value) {
 }
 #endif
 
-inline Vec load(const float* p, Full) {
-  Vec v;
+inline Reg load_reg(const float* p) {
+  Reg v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vec load(const bfloat16* p, Full) {
-  HalfBits bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Bits) << 16);
+inline void store_reg(float* p, Reg v) { std::memcpy(p, &v, sizeof v); }
+inline Reg load_reg(const float16* p) { return Reg{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+inline void store_reg(float16* p, Reg v) {
+  for (int i = 0; i < kRegLanes; ++i) p[i] = to_float16(v[i]);
 }
-inline Vec load(const float16* p, Full) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
-
-inline void store(float* p, Vec v, Full) { std::memcpy(p, &v, sizeof v); }
-inline void store(bfloat16* p, Vec v, Full) {
-  const HalfBits bits = __builtin_convertvector(round_upper(v) >> 16, HalfBits);
-  std::memcpy(p, &bits, sizeof bits);
+inline Reg round_half(Reg v) {
+  for (int i = 0; i < kRegLanes; ++i) v[i] = to_float(to_float16(v[i]));
+  return v;
 }
-inline void store(float16* p, Vec v, Full) {
-  for (int i = 0; i < kLanes; ++i) p[i] = to_float16(v[i]);
+inline void split(Reg& a, Reg& b) {
+  const Reg evens = Reg{a[0], a[2], b[0], b[2]};
+  b = Reg{a[1], a[3], b[1], b[3]};
+  a = evens;
+}
+inline void join(Reg& a, Reg& b) {
+  const Reg lows = Reg{a[0], b[0], a[1], b[1]};
+  b = Reg{a[2], b[2], a[3], b[3]};
+  a = lows;
 }
 
 #endif
 
-#if !defined(LEMUR_ISA_AVX512)
-// No masks for every dtype: the tail goes through a buffer, once a row.
+// exp to about a rounding, over the whole range: subnormal results included, infinities and NaN as they should be.
+// Coefficients: Moshier's Cephes library, expf.
+inline Reg exp(Reg x) {
+  const auto c = [](float value) { return broadcast_reg(value); };
+  x = minimum(c(89.f), maximum(c(-104.f), x));  // a NaN passes both
+  const Reg n = nearest(mul(x, c(1.44269504088896341f)));
+  const Reg r = fma(n, c(2.12194440e-4f), fma(n, c(-0.693359375f), x));
+  Reg p = fma(c(1.9875691500e-4f), r, c(1.3981999507e-3f));
+  p = fma(p, r, c(8.3334519073e-3f));
+  p = fma(p, r, c(4.1665795894e-2f));
+  p = fma(p, r, c(1.6666665459e-1f));
+  p = fma(p, r, c(5.0000001201e-1f));
+  return scale_by_power(fma(mul(r, r), p, add(r, c(1.f))), n);
+}
+
+// 1 / (1 + exp(-x)). The exponential is kept finite, so that its reciprocal is a number: below -88 the result is 0.
+inline Reg sigmoid(Reg x) {
+  const Reg one = broadcast_reg(1.f);
+  return reciprocal(add(one, exp(minimum(broadcast_reg(88.f), sub(broadcast_reg(0.f), x)))));
+}
+
+// tanh to a few roundings, for small arguments too. Coefficients: Moshier's Cephes library, tanhf.
+inline Reg tanh(Reg x) {
+  const auto c = [](float value) { return broadcast_reg(value); };
+  const Reg z = mul(x, x);
+  Reg p = fma(c(-5.70498872745e-3f), z, c(2.06390887954e-2f));
+  p = fma(p, z, c(-5.37397155531e-2f));
+  p = fma(p, z, c(1.33314422036e-1f));
+  p = fma(p, z, c(-3.33332819422e-1f));
+  const Reg near_zero = fma(mul(p, z), x, x);
+  const Reg beyond = sub(c(1.f), mul(c(2.f), sigmoid(mul(c(-2.f), x))));
+  return select(less(z, c(0.625f * 0.625f)), near_zero, beyond);
+}
+
+// ---- vectors ----
+
+struct Vec {
+  Reg even, odd;
+};
+struct VecMask {
+  Mask even, odd;
+};
+constexpr int kLanes = 2 * kRegLanes;
+
+inline Vec broadcast(float value) { return {broadcast_reg(value), broadcast_reg(value)}; }
+inline Vec add(Vec a, Vec b) { return {add(a.even, b.even), add(a.odd, b.odd)}; }
+inline Vec sub(Vec a, Vec b) { return {sub(a.even, b.even), sub(a.odd, b.odd)}; }
+inline Vec mul(Vec a, Vec b) { return {mul(a.even, b.even), mul(a.odd, b.odd)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
+inline Vec maximum(Vec a, Vec b) { return {maximum(a.even, b.even), maximum(a.odd, b.odd)}; }
+inline Vec minimum(Vec a, Vec b) { return {minimum(a.even, b.even), minimum(a.odd, b.odd)}; }
+inline Vec exp(Vec v) { return {exp(v.even), exp(v.odd)}; }
+inline Vec tanh(Vec v) { return {tanh(v.even), tanh(v.odd)}; }
+inline Vec sigmoid(Vec v) { return {sigmoid(v.even), sigmoid(v.odd)}; }
+inline VecMask less(Vec a, Vec b) { return {less(a.even, b.even), less(a.odd, b.odd)}; }
+inline Vec select(VecMask mask, Vec yes, Vec no) {
+  return {select(mask.even, yes.even, no.even), select(mask.odd, yes.odd, no.odd)};
+}
+inline float sum(Vec v) { return sum(add(v.even, v.odd)); }
+inline float largest(Vec v) { return largest(maximum(v.even, v.odd)); }
+inline float first(Vec v) { return first(v.even); }
+
+template <typename T>
+inline Vec load(const T* p, Full) {
+  Vec v{load_reg(p), load_reg(p + kRegLanes)};
+  split(v.even, v.odd);
+  return v;
+}
+inline Vec load(const bfloat16* p, Full) {
+  const Bits bits = load_bits(p);
+  return {lower_as_float(bits), upper_as_float(bits)};
+}
+template <typename T>
+inline void store(T* p, Vec v, Full) {
+  join(v.even, v.odd);
+  store_reg(p, v.even);
+  store_reg(p + kRegLanes, v.odd);
+}
+inline void store(bfloat16* p, Vec v, Full) { store_bits(p, join_upper(round_upper(v.even), round_upper(v.odd))); }
+
+// Tails go through a buffer, once a row.
 template <typename T>
 inline Vec load(const T* p, Tail tail) {
   T memory[kLanes] = {};
@@ -234,54 +400,54 @@ inline void store(T* p, Vec v, Tail tail) {
   store(static_cast<T*>(memory), v, Full{});
   std::memcpy(p, memory, sizeof(T) * static_cast<size_t>(tail.count));
 }
-#endif
+
+inline Vec load_scratch(const float* p) { return {load_reg(p), load_reg(p + kRegLanes)}; }
+inline void store_scratch(float* p, Vec v) {
+  store_reg(p, v.even);
+  store_reg(p + kRegLanes, v.odd);
+}
+
+// Floats of scratch memory that hold n elements: whole vectors.
+inline int64_t scratch_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// `v` where lanes are in use, `other` in the lanes past a tail.
+inline Vec keep(Vec v, Vec, Full) { return v; }
+inline Vec keep(Vec v, Vec other, Tail tail) {
+  float memory[kLanes];
+  for (int i = 0; i < kLanes; ++i) memory[i] = i < tail.count ? -1.f : 1.f;
+  return select(less(load(static_cast<const float*>(memory), Full{}), broadcast(0.f)), v, other);
+}
+
+// One number from memory, and to it.
+template <typename T>
+inline float load_one(const T* p) {
+  return first(load(p, Tail{1}));
+}
+template <typename T>
+inline void store_one(T* p, float value) {
+  store(p, broadcast(value), Tail{1});
+}
 
 // ---- rounding ----
 
 template <typename T>
-struct Rounder {
-  static Vec round(Vec v) {
-    T memory[kLanes];
-    store(static_cast<T*>(memory), v, Full{});
-    return load(static_cast<const T*>(memory), Full{});
-  }
-};
+struct Rounder;
 template <>
 struct Rounder<float> {
-  static Vec round(Vec v) { return v; }
+  static Reg round(Reg v) { return v; }
 };
-#if defined(LEMUR_ISA_AVX512)
 template <>
 struct Rounder<bfloat16> {
-  static Vec round(Vec v) {
-    return _mm512_castsi512_ps(_mm512_and_si512(round_upper(v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-  }
+  static Reg round(Reg v) { return upper_as_float(round_upper(v)); }
 };
 template <>
 struct Rounder<float16> {
-  static Vec round(Vec v) { return _mm512_cvtph_ps(narrow(float16{}, v)); }
+  static Reg round(Reg v) { return round_half(v); }
 };
-#elif defined(LEMUR_ISA_AVX2)
-template <>
-struct Rounder<bfloat16> {
-  static Vec round(Vec v) {
-    return _mm256_castsi256_ps(_mm256_and_si256(round_upper(v), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-  }
-};
-template <>
-struct Rounder<float16> {
-  static Vec round(Vec v) { return _mm256_cvtph_ps(narrow(float16{}, v)); }
-};
-#else
-template <>
-struct Rounder<bfloat16> {
-  static Vec round(Vec v) { return reinterpret_cast<Vec>(round_upper(v) & 0xffff0000u); }
-};
-#endif
 
 template <typename T>
 inline Vec round_to(Vec v) {
-  return Rounder<T>::round(v);
+  return {Rounder<T>::round(v.even), Rounder<T>::round(v.odd)};
 }
 
 // ---- walking a row ----
@@ -296,29 +462,51 @@ inline void for_lanes(int64_t n, Body&& body) {
 
 // Sum over a row: body(i, lanes, partial) returns `partial` with the terms at i added. Lanes past a tail must add zero.
 //
-// Four partial sums run side by side, because one alone would wait for its own latency, and are added up every 32
-// steps, so that the error grows with the width about as slowly as in a pairwise sum.
+// Two vectors of partial sums run side by side, because one alone would wait for its own latency, and are added up
+// every 32 steps, so that the error grows with the width about as slowly as in a pairwise sum.
 template <typename Body>
 inline float sum_lanes(int64_t n, Body&& body) {
-  constexpr int64_t kStep = 4 * kLanes;
+  constexpr int64_t kStep = 2 * kLanes;
   const Vec zero = broadcast(0.f);
   Vec total = zero;
   int64_t i = 0;
   while (i + kStep <= n) {
     const int64_t past = i + 32 * kStep <= n ? i + 32 * kStep : n;
-    Vec a = zero, b = zero, c = zero, d = zero;
+    Vec a = zero, b = zero;
     for (; i + kStep <= past; i += kStep) {
       a = body(i, Full{}, a);
       b = body(i + kLanes, Full{}, b);
-      c = body(i + 2 * kLanes, Full{}, c);
-      d = body(i + 3 * kLanes, Full{}, d);
     }
-    total = add(total, add(add(a, b), add(c, d)));
+    total = add(total, add(a, b));
   }
   Vec rest = zero;
-  for (; i + kLanes <= n; i += kLanes) rest = body(i, Full{}, rest);
+  if (i + kLanes <= n) {
+    rest = body(i, Full{}, rest);
+    i += kLanes;
+  }
   if (i < n) rest = body(i, Tail{static_cast<int>(n - i)}, rest);
   return sum(add(total, rest));
+}
+
+// Largest of a row, -inf for an empty one: body(i, lanes) returns the elements at i. A NaN may or may not be noticed.
+template <typename Body>
+inline float max_lanes(int64_t n, Body&& body) {
+  const Vec none = broadcast(-INFINITY);
+  Vec a = none, b = none;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    a = maximum(a, body(i, Full{}));
+    b = maximum(b, body(i + kLanes, Full{}));
+  }
+  if (i + kLanes <= n) {
+    a = maximum(a, body(i, Full{}));
+    i += kLanes;
+  }
+  if (i < n) {
+    const Tail tail{static_cast<int>(n - i)};
+    b = maximum(b, keep(body(i, tail), none, tail));
+  }
+  return largest(maximum(a, b));
 }
 
 // ---- dtypes ----
