@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -136,6 +137,164 @@ void rms_norm_bwd(std::uintptr_t dy, int64_t dy_stride, std::uintptr_t dh, int64
   table.rms_norm_bwd(args);
 }
 
+void swiglu_fwd(std::uintptr_t gate, int64_t gate_stride, std::uintptr_t up, int64_t up_stride, std::uintptr_t y,
+                int64_t rows, int64_t cols, int dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 1);
+  check_present("gate", gate, rows);
+  check_present("up", up, rows);
+  check_present("y", y, rows);
+  const lemur::cpu::SwigluFwd args{
+      pointer<void>(gate),     gate_stride, pointer<void>(up), up_stride, pointer<void>(y), rows, cols,
+      dtype_of("dtype", dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.swiglu_fwd(args);
+}
+
+void swiglu_bwd(std::uintptr_t dy, int64_t dy_stride, std::uintptr_t gate, int64_t gate_stride, std::uintptr_t up,
+                int64_t up_stride, std::uintptr_t dgate, std::uintptr_t dup, int64_t rows, int64_t cols, int dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 1);
+  check_present("dy", dy, rows);
+  check_present("gate", gate, rows);
+  check_present("up", up, rows);
+  check_present("dgate", dgate, rows);
+  check_present("dup", dup, rows);
+  const lemur::cpu::SwigluBwd args{pointer<void>(dy),
+                                   dy_stride,
+                                   pointer<void>(gate),
+                                   gate_stride,
+                                   pointer<void>(up),
+                                   up_stride,
+                                   pointer<void>(dgate),
+                                   pointer<void>(dup),
+                                   rows,
+                                   cols,
+                                   dtype_of("dtype", dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.swiglu_bwd(args);
+}
+
+// (x, token_stride, head_stride, y, heads)
+using RotaryItem = std::tuple<std::uintptr_t, int64_t, int64_t, std::uintptr_t, int64_t>;
+
+void rotary(const std::vector<RotaryItem>& items, std::uintptr_t cos, int64_t cos_stride, std::uintptr_t sin,
+            int64_t sin_stride, int64_t columns, int64_t tokens, int64_t head_dim, bool interleaved, bool backward,
+            int x_dtype, int y_dtype, int table_dtype) {
+  check_size("tokens", tokens, 0);
+  check_size("head_dim", head_dim, 2);
+  if (head_dim % 2) refuse("head_dim: got " + std::to_string(head_dim) + "; must be even");
+  if (columns != head_dim && columns != head_dim / 2) {
+    refuse("columns: got " + std::to_string(columns) + "; takes head_dim or half of it, " + std::to_string(head_dim));
+  }
+  check_present("cos", cos, tokens);
+  check_present("sin", sin, tokens);
+  std::vector<lemur::cpu::Rotary> xs;
+  for (const auto& [x, token_stride, head_stride, y, heads] : items) {
+    check_size("heads", heads, 0);
+    check_present("x", x, tokens * heads);
+    check_present("y", y, tokens * heads);
+    xs.push_back({pointer<void>(x), token_stride, head_stride, pointer<void>(y), heads});
+  }
+  const lemur::cpu::RotaryTables tables{pointer<void>(cos),
+                                        cos_stride,
+                                        pointer<void>(sin),
+                                        sin_stride,
+                                        columns,
+                                        tokens,
+                                        head_dim,
+                                        interleaved,
+                                        backward,
+                                        dtype_of("x_dtype", x_dtype),
+                                        dtype_of("y_dtype", y_dtype),
+                                        dtype_of("table_dtype", table_dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.rotary(xs.data(), static_cast<int>(xs.size()), tables);
+}
+
+void cross_entropy(bool forward, std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels,
+                   std::uintptr_t loss, std::uintptr_t lse, std::uintptr_t log_prob, std::uintptr_t entropy,
+                   std::uintptr_t correct, std::uintptr_t dloss, std::uintptr_t dlogits, int64_t rows, int64_t cols,
+                   int64_t ignore_index, float label_smoothing, float z_loss, float softcap, int dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 1);
+  check_present("logits", logits, rows);
+  check_present("labels", labels, rows);
+  check_present("lse", lse, rows);
+  if (forward) check_present("loss", loss, rows);
+  if (!forward) check_present("dlogits", dlogits, rows);
+  if (log_prob) {
+    check_present("entropy", entropy, rows);
+    check_present("correct", correct, rows);
+  }
+  const int64_t* label = pointer<const int64_t>(labels);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (label[row] != ignore_index && (label[row] < 0 || label[row] >= cols)) {
+      refuse("labels: got " + std::to_string(label[row]) + " at position " + std::to_string(row) + "; takes 0 to " +
+             std::to_string(cols - 1) + ", or ignore_index " + std::to_string(ignore_index));
+    }
+  }
+  const lemur::cpu::CrossEntropy args{pointer<void>(logits),
+                                      logits_stride,
+                                      label,
+                                      pointer<float>(loss),
+                                      pointer<float>(lse),
+                                      pointer<float>(log_prob),
+                                      pointer<float>(entropy),
+                                      pointer<bool>(correct),
+                                      pointer<float>(dloss),
+                                      pointer<void>(dlogits),
+                                      rows,
+                                      cols,
+                                      ignore_index,
+                                      label_smoothing,
+                                      z_loss,
+                                      softcap,
+                                      dtype_of("dtype", dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  forward ? table.cross_entropy_fwd(args) : table.cross_entropy_bwd(args);
+}
+
+void cross_entropy_fwd(std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels, std::uintptr_t loss,
+                       std::uintptr_t lse, std::uintptr_t log_prob, std::uintptr_t entropy, std::uintptr_t correct,
+                       std::uintptr_t dloss, std::uintptr_t dlogits, int64_t rows, int64_t cols, int64_t ignore_index,
+                       float label_smoothing, float z_loss, float softcap, int dtype) {
+  cross_entropy(true, logits, logits_stride, labels, loss, lse, log_prob, entropy, correct, dloss, dlogits, rows, cols,
+                ignore_index, label_smoothing, z_loss, softcap, dtype);
+}
+
+void cross_entropy_bwd(std::uintptr_t dloss, std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels,
+                       std::uintptr_t lse, std::uintptr_t dlogits, int64_t rows, int64_t cols, int64_t ignore_index,
+                       float label_smoothing, float z_loss, float softcap, int dtype) {
+  cross_entropy(false, logits, logits_stride, labels, 0, lse, 0, 0, 0, dloss, dlogits, rows, cols, ignore_index,
+                label_smoothing, z_loss, softcap, dtype);
+}
+
+void accumulate(std::uintptr_t total, std::uintptr_t x, int64_t n, bool add, int dtype) {
+  check_size("n", n, 0);
+  check_present("total", total, n);
+  check_present("x", x, n);
+  const lemur::cpu::Accumulate args{pointer<float>(total), pointer<void>(x), n, add, dtype_of("dtype", dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.accumulate(args);
+}
+
+void scale(std::uintptr_t x, std::uintptr_t y, int64_t n, float factor, int x_dtype, int y_dtype) {
+  check_size("n", n, 0);
+  check_present("x", x, n);
+  check_present("y", y, n);
+  const lemur::cpu::Scale args{
+      pointer<void>(x), pointer<void>(y), n, factor, dtype_of("x_dtype", x_dtype), dtype_of("y_dtype", y_dtype)};
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.scale(args);
+}
+
 using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 py::tuple best_fit_decreasing(const Lengths& lengths, int64_t capacity) {
@@ -187,6 +346,24 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("rms_norm_bwd", &rms_norm_bwd, "dy"_a, "dy_stride"_a, "dh"_a, "dh_stride"_a, "h"_a, "h_stride"_a, "weight"_a,
           "rstd"_a, "dx"_a, "dw"_a, "rows"_a, "cols"_a, "x_dtype"_a, "w_dtype"_a,
           "dx and dw of RMSNorm; pointers as integers, 0 for absent; see csrc/cpu/kernels.h.");
+  cpu.def("swiglu_fwd", &swiglu_fwd, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "y"_a, "rows"_a, "cols"_a,
+          "dtype"_a, "y of SwiGLU; see csrc/cpu/kernels.h.");
+  cpu.def("swiglu_bwd", &swiglu_bwd, "dy"_a, "dy_stride"_a, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "dgate"_a,
+          "dup"_a, "rows"_a, "cols"_a, "dtype"_a, "dgate and dup of SwiGLU; see csrc/cpu/kernels.h.");
+  cpu.def("rotary", &rotary, "items"_a, "cos"_a, "cos_stride"_a, "sin"_a, "sin_stride"_a, "columns"_a, "tokens"_a,
+          "head_dim"_a, "interleaved"_a, "backward"_a, "x_dtype"_a, "y_dtype"_a, "table_dtype"_a,
+          "Rotates every item (x, token_stride, head_stride, y, heads); see csrc/cpu/kernels.h.");
+  cpu.def("cross_entropy_fwd", &cross_entropy_fwd, "logits"_a, "logits_stride"_a, "labels"_a, "loss"_a, "lse"_a,
+          "log_prob"_a, "entropy"_a, "correct"_a, "dloss"_a, "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a,
+          "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
+          "Loss of every row, with log_prob its stats, with dlogits its gradient; see csrc/cpu/kernels.h.");
+  cpu.def("cross_entropy_bwd", &cross_entropy_bwd, "dloss"_a, "logits"_a, "logits_stride"_a, "labels"_a, "lse"_a,
+          "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a, "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
+          "Gradient of every row from its lse; see csrc/cpu/kernels.h.");
+  cpu.def("accumulate", &accumulate, "total"_a, "x"_a, "n"_a, "add"_a, "dtype"_a,
+          "total = x, or total + x; total is float32; see csrc/cpu/kernels.h.");
+  cpu.def("scale", &scale, "x"_a, "y"_a, "n"_a, "factor"_a, "x_dtype"_a, "y_dtype"_a,
+          "y = x * factor, rounded once; see csrc/cpu/kernels.h.");
 
 #ifdef LEMUR_FAST_HAS_CUDA
   auto cuda = m.def_submodule("cuda", "CUDA kernels.");

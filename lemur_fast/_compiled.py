@@ -68,5 +68,6 @@ def refuses_cpu(device_type: str, dtype: torch.dtype, **traits: object) -> str |
         return "needs CPU tensors"
     if missing is not None:
         return missing
-    wrong = [d for d in (dtype, traits.get("weight_dtype", dtype)) if d not in _CODES]
+    dtypes = [dtype, *(trait for trait in traits.values() if isinstance(trait, torch.dtype))]
+    wrong = [d for d in dtypes if d not in _CODES]
     return f"takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None

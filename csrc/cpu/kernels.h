@@ -46,10 +46,108 @@ struct RmsNormBwd {
   DType w_dtype;
 };
 
+// y = silu(gate) * up. y is contiguous, [rows, cols].
+struct SwigluFwd {
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  void* y;
+  int64_t rows;
+  int64_t cols;
+  DType dtype;
+};
+
+struct SwigluBwd {
+  const void* dy;
+  int64_t dy_stride;
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  void* dgate;  // [rows, cols]
+  void* dup;    // [rows, cols]
+  int64_t rows;
+  int64_t cols;
+  DType dtype;
+};
+
+// Rotation of [tokens, heads, head_dim]. Strides are in elements; the last dimension has stride 1.
+struct Rotary {
+  const void* x;
+  int64_t token_stride;
+  int64_t head_stride;
+  void* y;  // contiguous
+  int64_t heads;
+};
+
+struct RotaryTables {
+  const void* cos;  // [tokens, columns]
+  int64_t cos_stride;
+  const void* sin;
+  int64_t sin_stride;
+  int64_t columns;  // head_dim, or head_dim / 2 when both elements of a pair share an angle
+  int64_t tokens;
+  int64_t head_dim;
+  bool interleaved;
+  bool backward;  // rotate by the transpose
+  DType x_dtype;
+  DType y_dtype;
+  DType table_dtype;
+};
+
+// Loss of every row of logits, and its gradient. The forward reads dloss and writes dlogits when the latter is not
+// null; the backward reads lse.
+struct CrossEntropy {
+  const void* logits;  // [rows, cols]
+  int64_t logits_stride;
+  const int64_t* labels;  // [rows]: in [0, cols), or ignore_index
+  float* loss;            // [rows]
+  float* lse;             // [rows]
+  float* log_prob;        // [rows], null when stats are not wanted
+  float* entropy;         // [rows], null when stats are not wanted
+  bool* correct;          // [rows], null when stats are not wanted
+  const float* dloss;     // [rows], null for ones
+  void* dlogits;          // [rows, cols], contiguous; may be logits itself
+  int64_t rows;
+  int64_t cols;
+  int64_t ignore_index;
+  float label_smoothing;
+  float z_loss;
+  float softcap;  // 0: none
+  DType dtype;
+};
+
+// total = x, or total + x; [n] both, contiguous.
+struct Accumulate {
+  float* total;
+  const void* x;
+  int64_t n;
+  bool add;
+  DType dtype;
+};
+
+// y = round(x * factor); [n] both, contiguous.
+struct Scale {
+  const void* x;
+  void* y;
+  int64_t n;
+  float factor;
+  DType x_dtype;
+  DType y_dtype;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(const RmsNormFwd&);
   void (*rms_norm_bwd)(const RmsNormBwd&);
+  void (*swiglu_fwd)(const SwigluFwd&);
+  void (*swiglu_bwd)(const SwigluBwd&);
+  void (*rotary)(const Rotary* xs, int count, const RotaryTables&);
+  void (*cross_entropy_fwd)(const CrossEntropy&);
+  void (*cross_entropy_bwd)(const CrossEntropy&);
+  void (*accumulate)(const Accumulate&);
+  void (*scale)(const Scale&);
 };
 
 // The table of the instruction set in use: the best that this CPU has, or the one that LEMUR_FAST_CPU names.

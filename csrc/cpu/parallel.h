@@ -15,10 +15,25 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 // least `grain` long. Which thread runs what does not depend on timing.
 void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context);
 
+// Elements below which another thread costs more than it brings.
+constexpr int64_t kGrain = 1 << 14;
+
+inline int64_t rows_per_grain(int64_t cols) { return cols >= kGrain ? 1 : kGrain / cols; }
+
 template <typename F>
 inline void parallel_for(int64_t n, int64_t grain, F&& body) {
   parallel_ranges(
       n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &body);
+}
+
+// Calls body(begin, count) on pieces of [0, n) that begin at multiples of 64 elements.
+template <typename F>
+inline void parallel_pieces(int64_t n, F&& body) {
+  constexpr int64_t kPiece = 64;
+  parallel_for((n + kPiece - 1) / kPiece, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+    const int64_t past = end * kPiece < n ? end * kPiece : n;
+    body(begin * kPiece, past - begin * kPiece);
+  });
 }
 
 // Uninitialised floats, 64-byte aligned, freed at the end of the scope. Throws std::bad_alloc.

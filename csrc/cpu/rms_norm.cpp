@@ -20,11 +20,6 @@
 namespace lemur::cpu::LEMUR_ISA {
 namespace {
 
-// Elements below which another thread costs more than it brings.
-constexpr int64_t kGrain = 1 << 14;
-
-int64_t rows_per_grain(int64_t cols) { return cols >= kGrain ? 1 : kGrain / cols; }
-
 template <typename X, typename W, bool kResidual>
 void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
   using Y = typename Promote<X, W>::type;

@@ -50,6 +50,7 @@ from lemur_fast.llama.documents import (
     positions_in_documents,
     targets_within_documents,
 )
+from lemur_fast.ops._loss import only_rows
 
 # Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
 _LAYER_CHECKPOINTS_ITSELF = "__call__" in vars(GradientCheckpointingLayer)
@@ -540,8 +541,7 @@ def _loss(
         )
     if logits is None:
         logits = self.lm_head(hidden_states)
-    if rows is not None:
-        labels = _only_rows(labels, rows, ignore_index)
+    labels = only_rows(labels, rows, ignore_index)
     if options.ops.isdisjoint(("linear_cross_entropy", "cross_entropy")):
         return self.loss_function(
             logits=logits,
@@ -669,14 +669,6 @@ def _checked_count(num_items: Tensor | float | int | None) -> Tensor | float | i
             "floating inputs of the model: pass a Python number or an integer tensor"
         )
     return num_items
-
-
-def _only_rows(targets: Tensor, rows: Tensor, ignore_index: int) -> Tensor:
-    """`targets` with all tokens ignored but those in `rows`, whose entries outside [0, P) are padding."""
-    tokens = targets.numel()
-    listed = torch.zeros(tokens + 1, dtype=torch.bool, device=targets.device)
-    listed = listed.index_fill(0, torch.where((rows >= 0) & (rows < tokens), rows, tokens).long(), True)
-    return torch.where(listed[:tokens], targets, ignore_index)
 
 
 def _keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

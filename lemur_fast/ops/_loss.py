@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lemur_fast import _compiled
 from lemur_fast.dispatch import debug_enabled
 from lemur_fast.ops._checks import (
     check_device,
@@ -42,7 +43,7 @@ class LossStats(NamedTuple):
         lse: log-sum-exp of the logits, natural log, float32.
         log_prob: log-probability of the label, float32.
         entropy: entropy of the predicted distribution in nats, float32.
-        correct: whether the label has the largest logit, bool.
+        correct: whether no logit is larger than the label's, bool.
     """
 
     lse: Tensor
@@ -112,7 +113,7 @@ def token_loss_reference(logits: Tensor, labels: Tensor, options: LossOptions, w
         torch.where(trained, lse, 0.0),
         torch.where(trained, x_y - lse, 0.0),
         torch.where(trained, entropy, 0.0),
-        trained & (x.argmax(-1) == labels),
+        trained & (x_y >= x.amax(-1)),
     )
 
 
@@ -135,10 +136,10 @@ def token_loss_backward_reference(
     return torch.where((labels != ignore_index)[:, None], dx, 0.0).to(logits.dtype)
 
 
-# ---- the same on the CPU, with as few passes and temporaries as torch allows -----------------------------------------
+# ---- the same in C++ -------------------------------------------------------------------------------------------------
 
 
-def trained_rows_loss(
+def compiled_token_loss(
     logits: Tensor,
     labels: Tensor,
     options: LossOptions,
@@ -146,52 +147,36 @@ def trained_rows_loss(
     dloss: Tensor | None = None,
     grad_out: Tensor | None = None,
 ) -> TokenLoss:
-    """Loss of rows that are all trained, and their gradient in the same pass.
+    """Loss of every row, and the gradient of ``(dloss * loss).sum()`` while the row is at hand.
 
     Args:
-        logits: ``[R, V]``.
-        labels: ``[R]``, all within the vocabulary.
+        logits: ``[T, V]`` on the CPU, contiguous rows.
+        labels: ``[T]`` int64, within the vocabulary or ignored.
         options: the loss.
         want_stats: fill `log_prob`, `entropy` and `correct`.
-        dloss: ``[R]``, factors of the rows' gradient; None stands for ones.
-        grad_out: ``[R, V]`` that receives the gradient, or None. May be `logits` itself.
+        dloss: ``[T]`` float32; None stands for ones.
+        grad_out: ``[T, V]``, contiguous, that receives the gradient, or None. May be `logits` itself.
     """
-    _, smoothing, z_loss, softcap = options
-    wide = compute_dtype(logits.dtype)
-    x = _capped(logits, softcap) if softcap else logits
-    # One fused kernel reads 16-bit logits and writes float32; logsumexp would round in 16 bits.
-    log_p = torch.log_softmax(x, -1, dtype=wide)
-    column = labels[:, None]
-    log_p_y = log_p.gather(1, column)[:, 0]
-    # By the largest logit, not by the label's: there is nothing to cancel, also where the label is masked out.
-    lse = x.amax(-1).to(wide) - log_p.amax(-1) if z_loss or want_stats else log_p_y  # else nobody reads it
-    loss = -log_p_y if not smoothing else -(1 - smoothing) * log_p_y - smoothing * log_p.mean(-1)
-    if z_loss:
-        loss = loss + z_loss * lse.square()
-    log_prob, entropy, correct = empty_token_loss(logits, 0, False)[2:]
-    if want_stats:
-        p = log_p.exp()
-        log_prob = log_p_y
-        entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-        correct = x.argmax(-1) == labels
-    if grad_out is not None:
-        dx = log_p.exp_()
-        if z_loss:
-            dx *= (1 + 2 * z_loss * lse)[:, None]
-        dx.scatter_add_(1, column, torch.full_like(column, -(1 - smoothing), dtype=wide))
-        if smoothing:
-            dx -= smoothing / dx.shape[1]
-        if softcap:
-            dx *= 1 - (x / softcap).square()
-        if dloss is not None:
-            dx *= dloss.to(wide)[:, None]
-        grad_out.copy_(dx)
-    return TokenLoss(loss, lse, log_prob, entropy, correct)
-
-
-def rows_per_chunk(vocab: int) -> int:
-    """Rows whose float32 logits take 128 MiB: large enough for the products, small beside the model."""
-    return max(256, 2**25 // vocab)
+    result = empty_token_loss(logits, logits.shape[0], want_stats)
+    labels = labels.contiguous()
+    dloss = None if dloss is None else dloss.contiguous()
+    _compiled.C.cpu.cross_entropy_fwd(
+        logits=logits.data_ptr(),
+        logits_stride=logits.stride(0),
+        labels=labels.data_ptr(),
+        loss=result.loss.data_ptr(),
+        lse=result.lse.data_ptr(),
+        log_prob=result.log_prob.data_ptr() if want_stats else 0,
+        entropy=result.entropy.data_ptr() if want_stats else 0,
+        correct=result.correct.data_ptr() if want_stats else 0,
+        dloss=0 if dloss is None else dloss.data_ptr(),
+        dlogits=0 if grad_out is None else grad_out.data_ptr(),
+        rows=logits.shape[0],
+        cols=logits.shape[1],
+        dtype=_compiled.dtype_code(logits.dtype),
+        **options._asdict(),
+    )
+    return result
 
 
 # ---- checks and reductions -------------------------------------------------------------------------------------------
@@ -241,6 +226,17 @@ def check_labels(labels: Tensor, weights: Tensor | None, tokens: int, device: to
         check_float("weights", weights)
         check_shape("weights", weights, (tokens,), "one per row")
         check_device("weights", weights, device)
+
+
+def only_rows(labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
+    """`labels` with every token that is not in `rows` ignored; entries of `rows` outside [0, T) are padding."""
+    labels = labels.long()
+    if rows is None:
+        return labels
+    tokens = labels.numel()
+    rows = torch.where((rows >= 0) & (rows < tokens), rows, tokens).long()
+    listed = torch.zeros(tokens + 1, dtype=torch.bool, device=labels.device).index_fill(0, rows, True)
+    return torch.where(listed[:tokens], labels, ignore_index)
 
 
 def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, trained_weight: Tensor | None) -> Tensor:

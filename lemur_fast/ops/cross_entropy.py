@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
-from lemur_fast.ops._checks import check_dims, check_float, compute_dtype
+from lemur_fast import _compiled
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import check_dims, check_float, compute_dtype, unit_stride
 from lemur_fast.ops._loss import (
     LossOptions,
     LossStats,
     TokenLoss,
     check_label_values,
     check_labels,
+    compiled_token_loss,
     divide_by_items,
     empty_token_loss,
     loss_options,
-    rows_per_chunk,
     token_loss_backward_reference,
     token_loss_reference,
-    trained_rows_loss,
     trained_weight,
 )
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
@@ -36,25 +36,28 @@ from lemur_fast.ops._registration import define, differentiable, once_differenti
 
 
 def _cpu_forward(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool) -> TokenLoss:
-    result = empty_token_loss(logits, labels.numel(), want_stats)
-    for rows in (labels != options.ignore_index).nonzero()[:, 0].split(rows_per_chunk(logits.shape[1])):
-        chunk = trained_rows_loss(logits[rows], labels[rows], options, want_stats)
-        for whole, part in zip(result, chunk, strict=True):
-            if whole.numel():
-                whole[rows] = part
-    return result
+    return compiled_token_loss(unit_stride(logits), labels, options, want_stats)
 
 
 def _cpu_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
-    dlogits = logits.new_zeros(logits.shape)
-    for rows in (labels != options.ignore_index).nonzero()[:, 0].split(rows_per_chunk(logits.shape[1])):
-        chunk = logits[rows]
-        trained_rows_loss(chunk, labels[rows], options, False, dloss[rows], grad_out=chunk)
-        dlogits[rows] = chunk
+    logits, dlogits = unit_stride(logits), logits.new_empty(logits.shape)
+    dloss, labels = dloss.contiguous(), labels.contiguous()
+    _compiled.C.cpu.cross_entropy_bwd(
+        dloss=dloss.data_ptr(),
+        logits=logits.data_ptr(),
+        logits_stride=logits.stride(0),
+        labels=labels.data_ptr(),
+        lse=lse.data_ptr(),
+        dlogits=dlogits.data_ptr(),
+        rows=logits.shape[0],
+        cols=logits.shape[1],
+        dtype=_compiled.dtype_code(logits.dtype),
+        **options._asdict(),
+    )
     return dlogits
 
 
-register_backend("cross_entropy", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("cross_entropy", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend(
     "cross_entropy",
     "reference",

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
+from lemur_fast import _compiled
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_count,
     check_device,
@@ -38,16 +39,29 @@ from lemur_fast.ops._loss import (
     TokenLoss,
     check_label_values,
     check_labels,
+    compiled_token_loss,
     divide_by_items,
     empty_token_loss,
     loss_options,
-    rows_per_chunk,
+    only_rows,
     token_loss_backward_reference,
     token_loss_reference,
-    trained_rows_loss,
     trained_weight,
 )
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
+
+
+class Layer(NamedTuple):
+    """What is projected: hidden ``[T, H]``, weight ``[V, H]``, bias ``[V]`` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def in_dtype_of_hidden(self) -> Layer:
+        """The product is taken in the dtype of hidden."""
+        dtype = self.hidden.dtype
+        return Layer(self.hidden, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class Gradients(NamedTuple):
@@ -66,7 +80,8 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
+def _empty_gradients(layer: Layer, wanted: Wanted) -> Gradients:
+    hidden, weight, _ = layer
     wide = compute_dtype(hidden.dtype)
     return Gradients(
         hidden.new_empty(hidden.shape if wanted.hidden else 0),
@@ -76,15 +91,12 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted) -> Gradient
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-# run: (hidden, weight, bias, labels, options, want_stats, dloss or None, wanted, chunk_tokens)
-#      -> (TokenLoss, Gradients)
+# run: (layer, labels, options, want_stats, dloss or None, wanted, chunk_tokens) -> (TokenLoss, Gradients)
 # The gradients are those of (dloss * loss).sum(); dloss None stands for ones.
 
 
 def _reference_run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    layer: Layer,
     labels: Tensor,
     options: LossOptions,
     want_stats: bool,
@@ -92,31 +104,42 @@ def _reference_run(
     wanted: Wanted,
     chunk_tokens: int | None,
 ) -> tuple[TokenLoss, Gradients]:
-    wide = compute_dtype(hidden.dtype)
-    hidden_wide, weight_wide = hidden.to(wide), weight.to(hidden.dtype).to(wide)
-    logits = hidden_wide @ weight_wide.T
-    if bias is not None:
-        logits = logits + bias.to(hidden.dtype).to(wide)
+    wide = compute_dtype(layer.hidden.dtype)
+    _, weight, bias = layer.in_dtype_of_hidden()
+    hidden, weight = layer.hidden.to(wide), weight.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
     losses = token_loss_reference(logits, labels, options, want_stats)
-    gradients = _empty_gradients(hidden, weight, wanted)
+    gradients = _empty_gradients(layer, wanted)
     if any(wanted):
         dloss = torch.ones_like(losses.loss) if dloss is None else dloss
         dlogits = token_loss_backward_reference(dloss, logits, labels, losses.lse, options)
         gradients = Gradients(
-            (dlogits @ weight_wide).to(hidden.dtype) if wanted.hidden else gradients.hidden,
-            dlogits.T @ hidden_wide if wanted.weight else gradients.weight,
+            (dlogits @ weight).to(layer.hidden.dtype) if wanted.hidden else gradients.hidden,
+            dlogits.T @ hidden if wanted.weight else gradients.weight,
             dlogits.sum(0) if wanted.bias else gradients.bias,
         )
     return losses, gradients
 
 
+def _reference_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * factor).to(dtype)
+
+
 # ---- CPU -------------------------------------------------------------------------------------------------------------
+
+_CHUNK_LOGITS = 2**26
+"""Logits held at a time: 128 MiB in 16 bits. Few chunks, because each adds its dweight to the whole of the sum."""
+
+
+def _chunks(rows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """`rows` in chunks of nearly equal size, none longer than `most`."""
+    count = -(-rows.numel() // most)
+    return rows.tensor_split(count) if count else ()
 
 
 def _cpu_run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    layer: Layer,
     labels: Tensor,
     options: LossOptions,
     want_stats: bool,
@@ -124,22 +147,34 @@ def _cpu_run(
     wanted: Wanted,
     chunk_tokens: int | None,
 ) -> tuple[TokenLoss, Gradients]:
+    layer = layer.in_dtype_of_hidden()
+    hidden, weight, bias = layer
     tokens, vocab = hidden.shape[0], weight.shape[0]
-    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     losses = empty_token_loss(hidden, tokens, want_stats)
-    gradients = _empty_gradients(hidden, weight, wanted)
-    for gradient in gradients:
-        gradient.zero_()
+    gradients = _empty_gradients(layer, wanted)
     trained = (labels != options.ignore_index).nonzero()[:, 0]
-    for rows in trained.split(chunk_tokens or rows_per_chunk(vocab)):
-        hidden_rows = hidden[rows]
-        logits = torch.nn.functional.linear(hidden_rows, weight, bias)
-        chunk = trained_rows_loss(
+    chunks = _chunks(trained, chunk_tokens or max(256, _CHUNK_LOGITS // vocab))
+    if trained.numel() < tokens:
+        gradients.hidden.zero_()
+    if not chunks:
+        gradients.weight.zero_()
+        gradients.bias.zero_()
+        return losses, gradients
+    # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
+    memory = hidden.new_empty(chunks[0].numel(), vocab)
+    product = weight.new_empty(weight.shape if wanted.weight else 0)
+    for number, rows in enumerate(chunks):
+        logits, hidden_rows = memory[: rows.numel()], hidden[rows]
+        if bias is None:
+            torch.mm(hidden_rows, weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden_rows, weight.T, out=logits)
+        chunk = compiled_token_loss(
             logits,
             labels[rows],
             options,
             want_stats,
-            None if dloss is None else dloss[rows],
+            None if dloss is None else dloss[rows].float(),
             grad_out=logits if any(wanted) else None,
         )
         for whole, part in zip(losses, chunk, strict=True):
@@ -148,35 +183,37 @@ def _cpu_run(
         if wanted.hidden:
             gradients.hidden[rows] = logits @ weight
         if wanted.weight:
-            _add_product(gradients.weight, logits, hidden_rows)
+            _add(gradients.weight, torch.mm(logits.T, hidden_rows, out=product), first=number == 0)
         if wanted.bias:
-            gradients.bias.add_(logits.sum(0, dtype=gradients.bias.dtype))
+            _add(gradients.bias, logits.sum(0, dtype=torch.float32), first=number == 0)
     return losses, gradients
 
 
-def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """Total += dlogits.T @ hidden, in the dtype of total (CPU products cannot widen their output)."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(dlogits.T, hidden)
-    else:
-        total.add_(dlogits.T @ hidden)
+def _add(total: Tensor, x: Tensor, first: bool) -> None:
+    """Sets total to x, or to total + x, x widened on the way: CPU products cannot widen their output."""
+    _compiled.C.cpu.accumulate(
+        total=total.data_ptr(), x=x.data_ptr(), n=x.numel(), add=not first, dtype=_compiled.dtype_code(x.dtype)
+    )
 
 
-register_backend("linear_cross_entropy", "cpu", refuse=serves_cpu, run=_cpu_run)
-register_backend("linear_cross_entropy", "reference", refuse=serves_any, run=_reference_run)
+def _cpu_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    y = x.new_empty(x.shape, dtype=dtype)
+    _compiled.C.cpu.scale(
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        n=x.numel(),
+        factor=float(factor),
+        x_dtype=_compiled.dtype_code(x.dtype),
+        y_dtype=_compiled.dtype_code(dtype),
+    )
+    return y
+
+
+register_backend("linear_cross_entropy", "cpu", refuse=_compiled.refuses_cpu, run=_cpu_run, scale=_cpu_scale)
+register_backend("linear_cross_entropy", "reference", refuse=serves_any, run=_reference_run, scale=_reference_scale)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------
-
-
-def _labels_of_rows(labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
-    """`labels` with every token that is not in `rows` ignored; entries of `rows` outside [0, T) are padding."""
-    labels = labels.long()
-    if rows is None:
-        return labels
-    tokens = labels.numel()
-    rows = torch.where((rows >= 0) & (rows < tokens), rows, tokens).long()
-    listed = torch.zeros(tokens + 1, dtype=torch.bool, device=labels.device).index_fill_(0, rows, True)
-    return torch.where(listed[:tokens], labels, ignore_index)
+# In the schemas below come the tensors, the options in the order of LossOptions, what is wanted, and the backend.
 
 
 def _tokens(
@@ -186,23 +223,19 @@ def _tokens(
     labels: Tensor,
     rows: Tensor | None,
     chunk_tokens: int | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    want_stats: bool,
-    backend: str,
+    *arguments: Any,
 ) -> TokenLoss:
-    check_label_values(labels, weight.shape[0], ignore_index)
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    labels = _labels_of_rows(labels, rows, ignore_index)
+    *options, want_stats, backend = arguments
+    checked = LossOptions(*options)
+    check_label_values(labels, weight.shape[0], checked.ignore_index)
+    labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
     nothing = Wanted(False, False, False)
-    return run(hidden, weight, bias, labels, options, want_stats, None, nothing, chunk_tokens)[0]
+    return run(Layer(hidden, weight, bias), labels, checked, want_stats, None, nothing, chunk_tokens)[0]
 
 
-def _tokens_fake(hidden: Tensor, *args: Any) -> TokenLoss:
-    return empty_token_loss(hidden, hidden.shape[0], args[-2])
+def _tokens_fake(hidden: Tensor, *arguments: Any) -> TokenLoss:
+    return empty_token_loss(hidden, hidden.shape[0], arguments[-2])
 
 
 def _tokens_bwd(
@@ -213,24 +246,17 @@ def _tokens_bwd(
     labels: Tensor,
     rows: Tensor | None,
     chunk_tokens: int | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    backend: str,
+    *arguments: Any,
 ) -> Gradients:
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    labels = _labels_of_rows(labels, rows, ignore_index)
+    options, wanted, backend = arguments[:-4], Wanted(*arguments[-4:-1]), arguments[-1]
+    checked = LossOptions(*options)
+    labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
-    wanted = Wanted(want_hidden, want_weight, want_bias)
-    return run(hidden, weight, bias, labels, options, False, dloss, wanted, chunk_tokens)[1]
+    return run(Layer(hidden, weight, bias), labels, checked, False, dloss, wanted, chunk_tokens)[1]
 
 
-def _tokens_bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *args: Any) -> Gradients:
-    return _empty_gradients(hidden, weight, Wanted(*args[-4:-1]))
+def _tokens_bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> Gradients:
+    return _empty_gradients(Layer(hidden, weight, None), Wanted(*arguments[-4:-1]))
 
 
 def _sum(
@@ -241,45 +267,40 @@ def _sum(
     rows: Tensor | None,
     weights: Tensor | None,
     chunk_tokens: int | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    want_stats: bool,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    backend: str,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    check_label_values(labels, weight.shape[0], ignore_index)
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    labels = _labels_of_rows(labels, rows, ignore_index)
+    *options, want_stats, want_hidden, want_weight, want_bias, backend = arguments
+    checked = LossOptions(*options)
+    check_label_values(labels, weight.shape[0], checked.ignore_index)
+    labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
     wanted = Wanted(want_hidden, want_weight, want_bias)
-    losses, gradients = run(hidden, weight, bias, labels, options, want_stats, weights, wanted, chunk_tokens)
+    losses, gradients = run(Layer(hidden, weight, bias), labels, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
     if weights is not None:
-        loss = torch.where(labels != ignore_index, loss * weights.to(loss.dtype), 0.0)
+        loss = torch.where(labels != checked.ignore_index, loss * weights.to(loss.dtype), 0.0)
     return loss.sum(), *losses[1:], *gradients
 
 
-def _sum_fake(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    want_stats, *wanted, _ = args[-5:]
+def _sum_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    want_stats, *wanted, _ = arguments[-5:]
     losses = empty_token_loss(hidden, hidden.shape[0], want_stats)
-    return losses.loss.new_empty(()), *losses[1:], *_empty_gradients(hidden, weight, Wanted(*wanted))
+    gradients = _empty_gradients(Layer(hidden, weight, None), Wanted(*wanted))
+    return losses.loss.new_empty(()), *losses[1:], *gradients
 
 
 def _sum_bwd(
-    dtotal: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, hidden: Tensor, weight: Tensor
+    dtotal: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, hidden: Tensor, weight: Tensor, backend: str
 ) -> Gradients:
     # dtotal multiplies in float32: in the 16-bit range of dhidden a loss scale could overflow.
+    scale = implementation("linear_cross_entropy", backend, "scale")
     return Gradients(
-        (dhidden * dtotal).to(hidden.dtype), (dweight * dtotal).to(weight.dtype), (dbias * dtotal).to(weight.dtype)
+        scale(dhidden, dtotal, hidden.dtype), scale(dweight, dtotal, weight.dtype), scale(dbias, dtotal, weight.dtype)
     )
 
 
 def _sum_bwd_fake(
-    dtotal: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, hidden: Tensor, weight: Tensor
+    dtotal: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, hidden: Tensor, weight: Tensor, backend: str
 ) -> Gradients:
     return Gradients(
         dhidden.new_empty(dhidden.shape),
@@ -312,7 +333,7 @@ define(
 # hidden and weight are inputs of the backward so that differentiating it again reaches them, and raises.
 define(
     "linear_cross_entropy_sum_bwd(Tensor dtotal, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor hidden,"
-    " Tensor weight) -> (Tensor, Tensor, Tensor)",
+    " Tensor weight, str backend) -> (Tensor, Tensor, Tensor)",
     _sum_bwd,
     _sum_bwd_fake,
 )
@@ -340,14 +361,16 @@ def _backward_tokens(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 
 def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, *_ = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, inputs[-1]
     ctx.save_for_backward(hidden, weight, *output[-3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
     hidden, weight, *unscaled = ctx.saved_tensors
-    dhidden, dweight, dbias = torch.ops.lemur_fast.linear_cross_entropy_sum_bwd(dtotal, *unscaled, hidden, weight)
+    dhidden, dweight, dbias = torch.ops.lemur_fast.linear_cross_entropy_sum_bwd(
+        dtotal, *unscaled, hidden, weight, ctx.backend
+    )
     wanted = ctx.needs_input_grad[:3]
     return (
         dhidden if wanted[0] else None,
@@ -462,7 +485,7 @@ def linear_cross_entropy(
     if reduction == "mean":
         items = None
         if num_items is None:
-            counted = labels if rows is None else _labels_of_rows(labels, rows, ignore_index)
+            counted = labels if rows is None else only_rows(labels, rows, ignore_index)
             items = trained_weight(counted, weights, ignore_index, compute_dtype(hidden.dtype))
         loss = divide_by_items(loss, num_items, items)
     return (loss, LossStats(*stats)) if return_stats else loss

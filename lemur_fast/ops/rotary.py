@@ -18,8 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
-from lemur_fast.ops._checks import check_constant, check_device, check_dims, check_float, check_shape, compute_dtype
+from lemur_fast import _compiled
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import (
+    check_constant,
+    check_device,
+    check_dims,
+    check_float,
+    check_shape,
+    compute_dtype,
+    unit_stride,
+)
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -58,39 +67,67 @@ def rotary_backward_reference(dx: Tensor, cos: Tensor, sin: Tensor, interleaved:
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
-# forward: (x, cos, sin, interleaved) -> x'; backward: (dx', cos, sin, interleaved, dtype) -> dx
+# forward: (q, k, cos, sin, interleaved) -> (q', k'); backward: (dq', dk', cos, sin, interleaved, dtype) -> (dq, dk)
 
 
-def _cpu_forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Four multiply-adds straight into the output: no temporary of the size of x."""
-    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype))
-    x_a, x_b = _pairs(x, interleaved)
-    out_a, out_b = _pairs(out, interleaved)
-    (cos_a, cos_b), (sin_a, sin_b) = (_tables(t, x.shape[-1], interleaved) for t in (cos, sin))
-    torch.mul(x_a, cos_a, out=out_a).addcmul_(x_b, sin_a, value=-1)
-    torch.mul(x_b, cos_b, out=out_b).addcmul_(x_a, sin_b)
-    return out
+def _reference_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return rotary_reference(q, cos, sin, interleaved), rotary_reference(k, cos, sin, interleaved)
 
 
-def _cpu_backward(dx: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(dx, memory_format=torch.contiguous_format)
-    d_a, d_b = _pairs(dx, interleaved)
-    out_a, out_b = _pairs(out, interleaved)
-    (cos_a, cos_b), (sin_a, sin_b) = (_tables(t, dx.shape[-1], interleaved) for t in (cos, sin))
-    torch.mul(d_a, cos_a, out=out_a).addcmul_(d_b, sin_b)
-    torch.mul(d_b, cos_b, out=out_b).addcmul_(d_a, sin_a, value=-1)
-    return out.to(dtype)
+def _reference_backward(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return (
+        rotary_backward_reference(dq, cos, sin, interleaved, dtype),
+        rotary_backward_reference(dk, cos, sin, interleaved, dtype),
+    )
 
 
-register_backend("rotary", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
-register_backend("rotary", "reference", refuse=serves_any, forward=rotary_reference, backward=rotary_backward_reference)
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, backward: bool
+) -> tuple[Tensor, Tensor]:
+    outputs = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
+    q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
+    if q.shape[2]:
+        _compiled.C.cpu.rotary(
+            items=[
+                (x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), x.shape[1])
+                for x, y in zip((q, k), outputs, strict=True)
+            ],
+            cos=cos.data_ptr(),
+            cos_stride=cos.stride(0),
+            sin=sin.data_ptr(),
+            sin_stride=sin.stride(0),
+            columns=cos.shape[1],
+            tokens=q.shape[0],
+            head_dim=q.shape[2],
+            interleaved=interleaved,
+            backward=backward,
+            x_dtype=_compiled.dtype_code(q.dtype),
+            y_dtype=_compiled.dtype_code(dtype),
+            table_dtype=_compiled.dtype_code(cos.dtype),
+        )
+    return outputs
+
+
+def _cpu_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _rotate(q, k, cos, sin, interleaved, torch.promote_types(q.dtype, cos.dtype), backward=False)
+
+
+def _cpu_backward(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _rotate(dq, dk, cos, sin, interleaved, dtype, backward=True)
+
+
+register_backend("rotary", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("rotary", "reference", refuse=serves_any, forward=_reference_forward, backward=_reference_backward)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> tuple[Tensor, Tensor]:
-    forward = implementation("rotary", backend, "forward")
-    return forward(q, cos, sin, interleaved), forward(k, cos, sin, interleaved)
+    return implementation("rotary", backend, "forward")(q, k, cos, sin, interleaved)
 
 
 def _rotary_fake(
@@ -103,8 +140,7 @@ def _rotary_fake(
 def _rotary_bwd(
     dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    backward = implementation("rotary", backend, "backward")
-    return backward(dq, cos, sin, interleaved, dtype), backward(dk, cos, sin, interleaved, dtype)
+    return implementation("rotary", backend, "backward")(dq, dk, cos, sin, interleaved, dtype)
 
 
 def _rotary_bwd_fake(
@@ -182,5 +218,5 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         raise ValueError(f"sin: got dtype {sin.dtype}; takes {cos.dtype}, the dtype of cos")
     check_constant("cos", cos)
     check_constant("sin", sin)
-    backend = choose("rotary", q.device, q.dtype)
+    backend = choose("rotary", q.device, q.dtype, table_dtype=cos.dtype)
     return torch.ops.lemur_fast.rotary(q, k, cos, sin, interleaved, backend)

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, serves_cpu
-from lemur_fast.ops._checks import check_device, check_float, check_shape, compute_dtype, to_autocast_dtype
+from lemur_fast import _compiled
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops._checks import (
+    check_device,
+    check_float,
+    check_shape,
+    compute_dtype,
+    to_autocast_dtype,
+    unit_stride,
+)
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -42,15 +50,49 @@ def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``[rows, cols]`` with contiguous rows, however far apart; a view where the strides allow it."""
+    return unit_stride(x.reshape(-1, x.shape[-1]) if x.numel() and x.dim() else x.reshape(1, -1))
+
+
 def _cpu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    return functional.silu(gate).mul_(up)
+    y = gate.new_empty(gate.shape)
+    gate, up = _rows(gate), _rows(up)
+    if y.numel():
+        _compiled.C.cpu.swiglu_fwd(
+            gate=gate.data_ptr(),
+            gate_stride=gate.stride(0),
+            up=up.data_ptr(),
+            up_stride=up.stride(0),
+            y=y.data_ptr(),
+            rows=gate.shape[0],
+            cols=gate.shape[1],
+            dtype=_compiled.dtype_code(gate.dtype),
+        )
+    return y
 
 
 def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.silu_backward(dy * up, gate), functional.silu(gate).mul_(dy)
+    dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    dy, gate, up = _rows(dy), _rows(gate), _rows(up)
+    if dgate.numel():
+        _compiled.C.cpu.swiglu_bwd(
+            dy=dy.data_ptr(),
+            dy_stride=dy.stride(0),
+            gate=gate.data_ptr(),
+            gate_stride=gate.stride(0),
+            up=up.data_ptr(),
+            up_stride=up.stride(0),
+            dgate=dgate.data_ptr(),
+            dup=dup.data_ptr(),
+            rows=gate.shape[0],
+            cols=gate.shape[1],
+            dtype=_compiled.dtype_code(gate.dtype),
+        )
+    return dgate, dup
 
 
-register_backend("swiglu", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("swiglu", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend("swiglu", "reference", refuse=serves_any, forward=swiglu_reference, backward=swiglu_backward_reference)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lemur_fast as lf
+from lemur_fast._compiled import C
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +20,13 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once for each backend of the CPU."""
-    with lf.use_backend(request.param):
-        yield request.param
+BACKENDS = [f"cpu-{isa}" for isa in C.cpu.isas()] + ["reference"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test once for each backend of the CPU, the C++ one with every instruction set this CPU has."""
+    name, _, isa = request.param.partition("-")
+    monkeypatch.setenv("LEMUR_FAST_CPU", isa)
+    with lf.use_backend(name):
+        yield name

@@ -85,7 +85,7 @@ def test_fused_qkv_view_is_read_in_place(backend):
         torch.testing.assert_close(a, b)
 
 
-def test_gradcheck_in_float64(backend):
+def test_gradcheck_in_float64():
     inputs = make((5, 2, 1, 6), torch.float64)
     q, k = inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
     for interleaved in (False, True):

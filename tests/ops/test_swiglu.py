@@ -28,7 +28,7 @@ def test_large_gates_do_not_overflow(backend):
     compare(lf.ops.swiglu, stock, {"gate": gate, "up": torch.ones(7)}, ["gate", "up"])
 
 
-def test_gradcheck_in_float64(backend):
+def test_gradcheck_in_float64():
     tensors = [torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(lf.ops.swiglu, tensors)
 
