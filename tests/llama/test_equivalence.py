@@ -165,21 +165,25 @@ def test_an_output_layer_with_a_bias() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_as_good_as_stock(dtype: torch.dtype) -> None:
-    """Judged by the error against float64, summed over each tensor: single elements of a deep model are chance."""
+    """Judged by the error against float64, per tensor over six batches: single elements of a deep model are chance."""
     exact = tiny_llama().to(dtype).double()  # the very weights of the 16-bit models
     stock = copy.deepcopy(exact).to(dtype)
     ours = copy.deepcopy(stock)
     accelerate(ours, return_logits=True)
-    ids = torch.randint(1, VOCAB, (4, 24))
-    results = []
-    for model in (ours, stock, exact):
-        out = model(input_ids=ids, labels=ids)
-        out.loss.backward()
-        results.append({"logits": out.logits.detach()} | gradients(model))
-    for name, truth in results[2].items():
-        error, allowed = ((r[name].double() - truth).norm() for r in results[:2])
-        tolerance = 0.05 * allowed + torch.finfo(dtype).eps * truth.norm() * 0.1
-        assert error <= allowed + tolerance, f"{name}: error {error:.3g}, stock's {allowed:.3g}"
+    squares: dict[str, list[float]] = {}
+    for _ in range(6):
+        ids = torch.randint(1, VOCAB, (4, 24))
+        results = []
+        for model in (ours, stock, exact):
+            model.zero_grad()
+            out = model(input_ids=ids, labels=ids)
+            out.loss.backward()
+            results.append({"logits": out.logits.detach()} | gradients(model))
+        for name, truth in results[2].items():
+            pair = [float((result[name].double() - truth).square().sum()) for result in results[:2]]
+            squares[name] = [a + b for a, b in zip(squares.get(name, (0.0, 0.0)), pair, strict=True)]
+    for name, (error, allowed) in squares.items():
+        assert error**0.5 <= 1.05 * allowed**0.5, f"{name}: error {error**0.5:.3g}, stock's {allowed**0.5:.3g}"
 
 
 def test_the_norms_round_as_hugging_face_does() -> None:
