@@ -9,6 +9,7 @@
 //
 // A row is read from memory once: its later passes find it in the cache. Where the gradient is asked for in the
 // forward, it is the last of them, and may overwrite the logits.
+#include <cfloat>
 #include <cmath>
 
 #include "cpu/ops.h"
@@ -36,34 +37,44 @@ struct Logits {
 
 template <typename T, bool kSoftcap>
 void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
+  constexpr int64_t kBlock = 1024;
   const Logits<T, kSoftcap> x{a.softcap};
-  const float largest = max_lanes(a.cols, [&](int64_t i, auto lanes) { return x(logits + i, lanes); });
-  const Vec shift = broadcast(-largest), zero = broadcast(0.f);
-  const float total = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
-    return add(partial, keep(exp(add(x(logits + i, lanes), shift)), zero, lanes));
-  });
-  const float log_total = logf(total), x_y = x.one(logits + a.labels[row]);
-  const float lse = largest + log_total;
-  // (largest - x_y) is taken first: it is exact where it matters, and lse is not.
-  float loss = log_total + (largest - x_y);
-  if (a.label_smoothing != 0.f) {
-    const float all = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
-      return add(partial, keep(add(x(logits + i, lanes), shift), zero, lanes));
+  const Vec zero = broadcast(0.f);
+  // Block by block, so that the arithmetic on one goes on while the next is on its way from memory.
+  float largest = -FLT_MAX;
+  double total = 0;
+  for (int64_t begin = 0; begin < a.cols; begin += kBlock) {
+    const int64_t count = a.cols - begin < kBlock ? a.cols - begin : kBlock;
+    const T* block = logits + begin;
+    const float here = max_lanes(count, [&](int64_t i, auto lanes) { return x(block + i, lanes); });
+    if (here > largest) {
+      total *= ::exp(static_cast<double>(largest) - here);
+      largest = here;
+    }
+    const Vec shift = broadcast(-largest);
+    total += sum_lanes(count, [&](int64_t i, auto lanes, Vec partial) {
+      return add(partial, keep(exp(add(x(block + i, lanes), shift)), zero, lanes));
     });
-    const float to_mean = log_total - all / static_cast<float>(a.cols);
-    loss = (1.f - a.label_smoothing) * loss + a.label_smoothing * to_mean;
   }
-  a.loss[row] = loss + a.z_loss * lse * lse;
-  a.lse[row] = lse;
+  const double log_total = ::log(total), x_y = x.one(logits + a.labels[row]), lse = largest + log_total;
+  double loss = (1. - a.label_smoothing) * (lse - x_y);
+  if (a.label_smoothing != 0.f) {
+    const double all = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
+      return add(partial, keep(x(logits + i, lanes), zero, lanes));
+    });
+    loss += a.label_smoothing * (lse - all / static_cast<double>(a.cols));
+  }
+  a.loss[row] = static_cast<float>(loss + a.z_loss * lse * lse);
+  a.lse[row] = static_cast<float>(lse);
   if (!a.log_prob) return;
   // Of p * log p, up to the factor 1 / total. The floor keeps 0 * -inf from being NaN.
-  const Vec floor = broadcast(-104.f);
-  const float products = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
+  const Vec floor = broadcast(-104.f), shift = broadcast(-largest);
+  const double products = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
     const Vec below = add(x(logits + i, lanes), shift);
     return add(partial, keep(mul(exp(below), maximum(floor, below)), zero, lanes));
   });
-  a.log_prob[row] = (x_y - largest) - log_total;
-  a.entropy[row] = log_total - products / total;
+  a.log_prob[row] = static_cast<float>(x_y - lse);
+  a.entropy[row] = static_cast<float>(log_total - products / total);
   a.correct[row] = x_y >= largest;
 }
 

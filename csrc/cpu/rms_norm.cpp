@@ -20,10 +20,10 @@
 namespace lemur::cpu::LEMUR_ISA {
 namespace {
 
-template <typename X, typename W, bool kResidual>
-void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
-  using Y = typename Promote<X, W>::type;
-  const W* w = static_cast<const W*>(a.weight);
+// `w` is the weight in scratch memory: it serves every row.
+template <typename X, typename Y, bool kResidual>
+void fwd_rows(const RmsNormFwd& a, const float* w, int64_t begin, int64_t end) {
+  const bool streamed = can_stream(static_cast<const Y*>(a.y), a.rows, a.cols);
   for (int64_t row = begin; row < end; ++row) {
     const X* x = static_cast<const X*>(a.x) + row * a.x_stride;
     const X* residual = kResidual ? static_cast<const X*>(a.residual) + row * a.residual_stride : nullptr;
@@ -43,18 +43,20 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
 
     const X* source = kResidual ? h : x;
     const Vec scale = broadcast(rstd);
-    for_lanes(a.cols, [&](int64_t i, auto lanes) {
+    for_lanes(a.cols, streamed, [&](int64_t i, auto lanes) {
+      prefetch(x + a.x_stride + i);
+      if constexpr (kResidual) prefetch(residual + a.residual_stride + i);
       const Vec x_hat = round_to<X>(mul(load(source + i, lanes), scale));
-      store(y + i, mul(x_hat, load(w + i, lanes)), lanes);
+      store(y + i, mul(x_hat, load_scratch(w + i)), lanes);
     });
   }
+  if (streamed) finish_streams();
 }
 
 // Rows of one block: their dx, and their share of dw added to `dw` (null when it is not wanted).
-template <typename X, typename W>
-void bwd_rows(const RmsNormBwd& a, int64_t begin, int64_t end, float* dw) {
-  using Y = typename Promote<X, W>::type;
-  const W* w = static_cast<const W*>(a.weight);
+template <typename X, typename Y>
+void bwd_rows(const RmsNormBwd& a, const float* w, int64_t begin, int64_t end, float* dw) {
+  const bool streamed = can_stream(static_cast<const X*>(a.dx), a.rows, a.cols);
   for (int64_t row = begin; row < end; ++row) {
     const Y* dy = static_cast<const Y*>(a.dy) + row * a.dy_stride;
     const X* dh = a.dh ? static_cast<const X*>(a.dh) + row * a.dh_stride : nullptr;
@@ -64,33 +66,46 @@ void bwd_rows(const RmsNormBwd& a, int64_t begin, int64_t end, float* dw) {
 
     // Of g and h; rstd turns h into x_hat.
     const float products = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
-      const Vec g = mul(load(dy + i, lanes), load(w + i, lanes));
+      const Vec g = mul(load(dy + i, lanes), load_scratch(w + i));
       return fma(g, load(h + i, lanes), partial);
     });
     const float mean = products * rstd / static_cast<float>(a.cols);
 
     const Vec scale = broadcast(rstd), minus_mean = broadcast(-mean);
-    for_lanes(a.cols, [&](int64_t i, auto lanes) {
+    for_lanes(a.cols, streamed, [&](int64_t i, auto lanes) {
+      prefetch(dy + a.dy_stride + i);
+      prefetch(h + a.h_stride + i);
       const Vec dy_i = load(dy + i, lanes);
       const Vec x_hat = mul(load(h + i, lanes), scale);
-      const Vec g = mul(dy_i, load(w + i, lanes));
+      const Vec g = mul(dy_i, load_scratch(w + i));
       Vec dx_i = mul(scale, fma(x_hat, minus_mean, g));
       if (dh) dx_i = add(dx_i, load(dh + i, lanes));
       store(dx + i, dx_i, lanes);
       if (dw) store_scratch(dw + i, fma(dy_i, x_hat, load_scratch(dw + i)));
     });
   }
+  if (streamed) finish_streams();
+}
+
+template <typename W>
+void load_weight(const void* weight, int64_t cols, float* out) {
+  const W* w = static_cast<const W*>(weight);
+  for_lanes(cols, [&](int64_t i, auto lanes) { store_scratch(out + i, load(w + i, lanes)); });
 }
 
 }  // namespace
 
 void rms_norm_fwd(const RmsNormFwd& a) {
+  const Scratch weight(scratch_size(a.cols));
   with_type(a.x_dtype, [&](auto x_type) {
     with_type(a.w_dtype, [&](auto w_type) {
       using X = typename decltype(x_type)::type;
       using W = typename decltype(w_type)::type;
+      using Y = typename Promote<X, W>::type;
+      load_weight<W>(a.weight, a.cols, weight.data());
       parallel_for(a.rows, rows_per_grain(a.cols), [&](int64_t begin, int64_t end) {
-        a.residual ? fwd_rows<X, W, true>(a, begin, end) : fwd_rows<X, W, false>(a, begin, end);
+        a.residual ? fwd_rows<X, Y, true>(a, weight.data(), begin, end)
+                   : fwd_rows<X, Y, false>(a, weight.data(), begin, end);
       });
     });
   });
@@ -104,19 +119,22 @@ void rms_norm_bwd(const RmsNormBwd& a) {
   const int64_t block_rows = even_share < kMinRows ? kMinRows : even_share;
   const int64_t blocks = (a.rows + block_rows - 1) / block_rows;
   const int64_t partial_size = scratch_size(a.cols);
+  const Scratch weight(partial_size);
   const Scratch partials(a.dw ? blocks * partial_size : 0);
 
   with_type(a.x_dtype, [&](auto x_type) {
     with_type(a.w_dtype, [&](auto w_type) {
       using X = typename decltype(x_type)::type;
       using W = typename decltype(w_type)::type;
+      using Y = typename Promote<X, W>::type;
+      load_weight<W>(a.weight, a.cols, weight.data());
       const int64_t grain = (rows_per_grain(a.cols) + block_rows - 1) / block_rows;
       parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           float* dw = a.dw ? partials.data() + block * partial_size : nullptr;
           if (dw) std::memset(dw, 0, sizeof(float) * static_cast<size_t>(partial_size));
           const int64_t first = block * block_rows, past = first + block_rows;
-          bwd_rows<X, W>(a, first, past < a.rows ? past : a.rows, dw);
+          bwd_rows<X, Y>(a, weight.data(), first, past < a.rows ? past : a.rows, dw);
         }
       });
     });

@@ -49,9 +49,9 @@ void load_row(const RotaryTables& t, const Table* row, bool swap, float sign, fl
 }
 
 template <typename X, typename Y>
-void rotate(const X* x, Y* y, int64_t head_dim, bool interleaved, const Angles& angles) {
+void rotate(const X* x, Y* y, int64_t head_dim, bool interleaved, bool streamed, const Angles& angles) {
   if (interleaved) {
-    for_lanes(head_dim, [&](int64_t i, auto lanes) {
+    for_lanes(head_dim, streamed, [&](int64_t i, auto lanes) {
       const Vec v = load(x + i, lanes), c = load_scratch(angles.cos + i), s = load_scratch(angles.sin + i);
       const Vec crossed{sub(broadcast_reg(0.f), mul(v.odd, s.even)), mul(v.even, s.odd)};
       store(y + i, fma(v, c, crossed), lanes);
@@ -60,7 +60,7 @@ void rotate(const X* x, Y* y, int64_t head_dim, bool interleaved, const Angles& 
   }
   const int64_t half = head_dim / 2, b = half_size(head_dim);
   const Vec zero = broadcast(0.f);
-  for_lanes(half, [&](int64_t i, auto lanes) {
+  for_lanes(half, streamed, [&](int64_t i, auto lanes) {
     const Vec x_a = load(x + i, lanes), x_b = load(x + half + i, lanes);
     const Vec minus = sub(zero, mul(x_b, load_scratch(angles.sin + i)));
     store(y + i, fma(x_a, load_scratch(angles.cos + i), minus), lanes);
@@ -83,12 +83,16 @@ void tokens(const Rotary* xs, int count, const RotaryTables& t, int64_t begin, i
     });
     for (int n = 0; n < count; ++n) {
       const X* x = static_cast<const X*>(xs[n].x) + token * xs[n].token_stride;
+      // Half a head is the shortest run of stores.
+      const int64_t run = t.interleaved ? t.head_dim : t.head_dim / 2;
+      const bool streamed = can_stream(static_cast<const Y*>(xs[n].y), t.tokens * xs[n].heads * t.head_dim / run, run);
       Y* y = static_cast<Y*>(xs[n].y) + token * xs[n].heads * t.head_dim;
       for (int64_t head = 0; head < xs[n].heads; ++head) {
-        rotate(x + head * xs[n].head_stride, y + head * t.head_dim, t.head_dim, t.interleaved, angles);
+        rotate(x + head * xs[n].head_stride, y + head * t.head_dim, t.head_dim, t.interleaved, streamed, angles);
       }
     }
   }
+  finish_streams();
 }
 
 }  // namespace
