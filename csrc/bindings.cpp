@@ -284,12 +284,20 @@ void accumulate(std::uintptr_t total, std::uintptr_t x, int64_t n, bool add, int
   table.accumulate(args);
 }
 
-void scale(std::uintptr_t x, std::uintptr_t y, int64_t n, float factor, int x_dtype, int y_dtype) {
-  check_size("n", n, 0);
-  check_present("x", x, n);
-  check_present("y", y, n);
-  const lemur::cpu::Scale args{
-      pointer<void>(x), pointer<void>(y), n, factor, dtype_of("x_dtype", x_dtype), dtype_of("y_dtype", y_dtype)};
+void scale(std::uintptr_t x, bool transposed, std::uintptr_t y, int64_t rows, int64_t cols, float factor, int x_dtype,
+           int y_dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 1);
+  check_present("x", x, rows);
+  check_present("y", y, rows);
+  const lemur::cpu::Scale args{pointer<void>(x),
+                               transposed,
+                               pointer<void>(y),
+                               rows,
+                               cols,
+                               factor,
+                               dtype_of("x_dtype", x_dtype),
+                               dtype_of("y_dtype", y_dtype)};
   const auto& table = lemur::cpu::kernels();
   py::gil_scoped_release release;
   table.scale(args);
@@ -362,7 +370,7 @@ PYBIND11_MODULE(_C, m) {
           "Gradient of every row from its lse; see csrc/cpu/kernels.h.");
   cpu.def("accumulate", &accumulate, "total"_a, "x"_a, "n"_a, "add"_a, "dtype"_a,
           "total = x, or total + x; total is float32; see csrc/cpu/kernels.h.");
-  cpu.def("scale", &scale, "x"_a, "y"_a, "n"_a, "factor"_a, "x_dtype"_a, "y_dtype"_a,
+  cpu.def("scale", &scale, "x"_a, "transposed"_a, "y"_a, "rows"_a, "cols"_a, "factor"_a, "x_dtype"_a, "y_dtype"_a,
           "y = x * factor, rounded once; see csrc/cpu/kernels.h.");
 
 #ifdef LEMUR_FAST_HAS_CUDA

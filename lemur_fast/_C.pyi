@@ -145,12 +145,7 @@ class cpu:
     ) -> None: ...
     @staticmethod
     def scale(
-        x: int,
-        y: int,
-        n: int,
-        factor: float,
-        x_dtype: int,
-        y_dtype: int,
+        x: int, transposed: bool, y: int, rows: int, cols: int, factor: float, x_dtype: int, y_dtype: int
     ) -> None: ...
 
 class cuda:

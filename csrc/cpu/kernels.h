@@ -127,11 +127,13 @@ struct Accumulate {
   DType dtype;
 };
 
-// y = round(x * factor); [n] both, contiguous.
+// y = round(x * factor), [rows, cols], contiguous.
 struct Scale {
   const void* x;
+  bool transposed;  // x lies in memory as [cols, rows]
   void* y;
-  int64_t n;
+  int64_t rows;
+  int64_t cols;
   float factor;
   DType x_dtype;
   DType y_dtype;
