@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -303,6 +304,115 @@ void scale(std::uintptr_t x, bool transposed, std::uintptr_t y, int64_t rows, in
   table.scale(args);
 }
 
+// Documents with the dearest first; those without queries and keys are left out.
+std::vector<lemur::cpu::AttentionDocument> documents_of(std::uintptr_t cu_seqlens, std::uintptr_t cu_seqlens_k,
+                                                        int64_t num_documents) {
+  const auto* q = pointer<const int32_t>(cu_seqlens);
+  const auto* k = pointer<const int32_t>(cu_seqlens_k);
+  std::vector<lemur::cpu::AttentionDocument> documents;
+  for (int64_t i = 0; i < num_documents; ++i) {
+    if (q[i + 1] > q[i] || k[i + 1] > k[i]) documents.push_back({q[i], q[i + 1] - q[i], k[i], k[i + 1] - k[i]});
+  }
+  std::stable_sort(documents.begin(), documents.end(),
+                   [](const auto& a, const auto& b) { return a.queries * a.keys > b.queries * b.keys; });
+  return documents;
+}
+
+void check_boundaries(const char* name, std::uintptr_t cu_seqlens, int64_t num_documents, int64_t tokens) {
+  check_present(name, cu_seqlens, 1);
+  const auto* bounds = pointer<const int32_t>(cu_seqlens);
+  bool valid = bounds[0] == 0 && bounds[num_documents] <= tokens;
+  for (int64_t i = 0; i < num_documents; ++i) valid = valid && bounds[i] <= bounds[i + 1];
+  if (!valid) refuse(std::string(name) + ": must rise from 0 to at most " + std::to_string(tokens));
+}
+
+// (data, token_stride, head_stride)
+using StridedItem = std::tuple<std::uintptr_t, int64_t, int64_t>;
+
+lemur::cpu::Strided strided(const char* name, const StridedItem& item, int64_t tokens) {
+  check_present(name, std::get<0>(item), tokens);
+  return {pointer<void>(std::get<0>(item)), std::get<1>(item), std::get<2>(item)};
+}
+
+struct AttentionShape {
+  std::vector<lemur::cpu::AttentionDocument> documents;
+  lemur::cpu::Attention args{};
+
+  AttentionShape(std::uintptr_t cu_seqlens, std::uintptr_t cu_seqlens_k, int64_t num_documents, const StridedItem& q,
+                 const StridedItem& k, const StridedItem& v, std::uintptr_t lse, int64_t query_tokens,
+                 int64_t key_tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim, bool causal, int64_t window,
+                 float softcap, float scale, int dtype) {
+    check_size("num_documents", num_documents, 0);
+    check_size("query_tokens", query_tokens, 0);
+    check_size("key_tokens", key_tokens, 0);
+    check_size("kv_heads", kv_heads, 1);
+    check_size("head_dim", head_dim, 1);
+    check_size("window", window, 0);
+    if (head_dim > 256) refuse("head_dim: got " + std::to_string(head_dim) + "; must be at most 256");
+    if (q_heads < 0 || q_heads % kv_heads) {
+      refuse("q_heads: got " + std::to_string(q_heads) + "; must be a multiple of kv_heads, " +
+             std::to_string(kv_heads));
+    }
+    check_boundaries("cu_seqlens", cu_seqlens, num_documents, query_tokens);
+    check_boundaries("cu_seqlens_k", cu_seqlens_k, num_documents, key_tokens);
+    check_present("lse", lse, query_tokens * q_heads);
+    documents = documents_of(cu_seqlens, cu_seqlens_k, num_documents);
+    args.documents = documents.data();
+    args.num_documents = static_cast<int64_t>(documents.size());
+    args.q = strided("q", q, query_tokens * q_heads);
+    args.k = strided("k", k, key_tokens);
+    args.v = strided("v", v, key_tokens);
+    args.lse = pointer<float>(lse);
+    args.query_tokens = query_tokens;
+    args.key_tokens = key_tokens;
+    args.past_query = pointer<const int32_t>(cu_seqlens)[num_documents];
+    args.past_key = pointer<const int32_t>(cu_seqlens_k)[num_documents];
+    args.q_heads = q_heads;
+    args.kv_heads = kv_heads;
+    args.head_dim = head_dim;
+    args.causal = causal;
+    args.window = causal ? window : 0;
+    args.softcap = softcap;
+    args.scale = scale;
+    args.dtype = dtype_of("dtype", dtype);
+  }
+};
+
+void attention_fwd(std::uintptr_t cu_seqlens, std::uintptr_t cu_seqlens_k, int64_t num_documents, const StridedItem& q,
+                   const StridedItem& k, const StridedItem& v, std::uintptr_t out, std::uintptr_t lse,
+                   int64_t query_tokens, int64_t key_tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+                   bool causal, int64_t window, float softcap, float scale, int dtype) {
+  AttentionShape shape(cu_seqlens, cu_seqlens_k, num_documents, q, k, v, lse, query_tokens, key_tokens, q_heads,
+                       kv_heads, head_dim, causal, window, softcap, scale, dtype);
+  check_present("out", out, query_tokens * q_heads);
+  shape.args.out = pointer<void>(out);
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.attention_fwd(shape.args);
+}
+
+void attention_bwd(std::uintptr_t cu_seqlens, std::uintptr_t cu_seqlens_k, int64_t num_documents,
+                   const StridedItem& dout, std::uintptr_t dlse, const StridedItem& q, const StridedItem& k,
+                   const StridedItem& v, const StridedItem& out, std::uintptr_t lse, std::uintptr_t dq,
+                   std::uintptr_t dk, std::uintptr_t dv, int64_t query_tokens, int64_t key_tokens, int64_t q_heads,
+                   int64_t kv_heads, int64_t head_dim, bool causal, int64_t window, float softcap, float scale,
+                   int dtype) {
+  AttentionShape shape(cu_seqlens, cu_seqlens_k, num_documents, q, k, v, lse, query_tokens, key_tokens, q_heads,
+                       kv_heads, head_dim, causal, window, softcap, scale, dtype);
+  shape.args.dout = strided("dout", dout, query_tokens * q_heads);
+  shape.args.o = strided("out", out, query_tokens * q_heads);
+  shape.args.dlse = pointer<float>(dlse);
+  check_present("dq", dq, query_tokens * q_heads);
+  check_present("dk", dk, key_tokens);
+  check_present("dv", dv, key_tokens);
+  shape.args.dq = pointer<void>(dq);
+  shape.args.dk = pointer<void>(dk);
+  shape.args.dv = pointer<void>(dv);
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.attention_bwd(shape.args);
+}
+
 using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 py::tuple best_fit_decreasing(const Lengths& lengths, int64_t capacity) {
@@ -368,6 +478,14 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("cross_entropy_bwd", &cross_entropy_bwd, "dloss"_a, "logits"_a, "logits_stride"_a, "labels"_a, "lse"_a,
           "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a, "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
           "Gradient of every row from its lse; see csrc/cpu/kernels.h.");
+  cpu.def("attention_fwd", &attention_fwd, "cu_seqlens"_a, "cu_seqlens_k"_a, "num_documents"_a, "q"_a, "k"_a, "v"_a,
+          "out"_a, "lse"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "causal"_a,
+          "window"_a, "softcap"_a, "scale"_a, "dtype"_a,
+          "out and lse of attention; q, k, v as (data, token_stride, head_stride); see csrc/cpu/kernels.h.");
+  cpu.def("attention_bwd", &attention_bwd, "cu_seqlens"_a, "cu_seqlens_k"_a, "num_documents"_a, "dout"_a, "dlse"_a,
+          "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a,
+          "kv_heads"_a, "head_dim"_a, "causal"_a, "window"_a, "softcap"_a, "scale"_a, "dtype"_a,
+          "dq, dk and dv of attention; see csrc/cpu/kernels.h.");
   cpu.def("accumulate", &accumulate, "total"_a, "x"_a, "n"_a, "add"_a, "dtype"_a,
           "total = x, or total + x; total is float32; see csrc/cpu/kernels.h.");
   cpu.def("scale", &scale, "x"_a, "transposed"_a, "y"_a, "rows"_a, "cols"_a, "factor"_a, "x_dtype"_a, "y_dtype"_a,

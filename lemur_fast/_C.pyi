@@ -136,6 +136,53 @@ class cpu:
         dtype: int,
     ) -> None: ...
     @staticmethod
+    def attention_fwd(
+        cu_seqlens: int,
+        cu_seqlens_k: int,
+        num_documents: int,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        out: int,
+        lse: int,
+        query_tokens: int,
+        key_tokens: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        causal: bool,
+        window: int,
+        softcap: float,
+        scale: float,
+        dtype: int,
+    ) -> None: ...
+    @staticmethod
+    def attention_bwd(
+        cu_seqlens: int,
+        cu_seqlens_k: int,
+        num_documents: int,
+        dout: tuple[int, int, int],
+        dlse: int,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        out: tuple[int, int, int],
+        lse: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        query_tokens: int,
+        key_tokens: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        causal: bool,
+        window: int,
+        softcap: float,
+        scale: float,
+        dtype: int,
+    ) -> None: ...
+    @staticmethod
     def accumulate(
         total: int,
         x: int,

@@ -67,11 +67,6 @@ def serves_any(device_type: str, dtype: torch.dtype, **traits: object) -> str | 
     return None
 
 
-def serves_cpu(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
-    """The `refuse` of an implementation that serves every call on a CPU."""
-    return None if device_type == "cpu" else "needs CPU tensors"
-
-
 def _check_names(names: tuple[str, ...], origin: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in BACKENDS]
     if unknown or not names:

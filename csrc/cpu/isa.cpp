@@ -8,6 +8,10 @@
 #ifdef LEMUR_FAST_X86
 #include <cpuid.h>
 #endif
+#if defined(LEMUR_FAST_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lemur::cpu {
 
@@ -19,6 +23,9 @@ namespace avx2 {
 extern const Kernels kTable;
 }
 namespace avx512 {
+extern const Kernels kTable;
+}
+namespace amx {
 extern const Kernels kTable;
 }
 #endif
@@ -43,6 +50,21 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// Linux grants the tile registers, 8 KiB of state for each thread, to a process that asks.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  unsigned registers[4];
+  return has_avx512() && cpuid_bit(7, registers, 3, 22) && cpuid_bit(7, registers, 3, 24) && may_use_tiles();
+}
 #endif
 
 struct Isa {
@@ -54,6 +76,7 @@ struct Isa {
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
 #ifdef LEMUR_FAST_X86
+      {&amx::kTable, has_amx()},
       {&avx512::kTable, has_avx512()},
       {&avx2::kTable, has_avx2()},
 #endif
@@ -108,6 +131,7 @@ std::vector<std::string> features() {
   add("avx512_bf16", __builtin_cpu_supports("avx512bf16"));
   add("avx512_fp16", __builtin_cpu_supports("avx512f") && cpuid_bit(7, registers, 3, 23));
   add("amx_bf16", cpuid_bit(7, registers, 3, 22));
+  add("amx_tile", cpuid_bit(7, registers, 3, 24));
 #elif defined(__aarch64__)
   names.emplace_back("neon");
 #endif

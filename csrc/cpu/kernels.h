@@ -139,6 +139,49 @@ struct Scale {
   DType y_dtype;
 };
 
+// A tensor [tokens, heads, head_dim] whose last dimension has stride 1.
+struct Strided {
+  const void* data;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+struct AttentionDocument {
+  int64_t query_start;
+  int64_t queries;
+  int64_t key_start;
+  int64_t keys;
+};
+
+// Attention of documents, and its gradients. out, dq, dk and dv are contiguous.
+struct Attention {
+  const AttentionDocument* documents;
+  int64_t num_documents;
+  Strided q;          // [query_tokens, q_heads, head_dim]
+  Strided k;          // [key_tokens, kv_heads, head_dim]
+  Strided v;          // as k
+  void* out;          // forward: as q
+  float* lse;         // [q_heads, query_tokens]; written by the forward, read by the backward
+  Strided o;          // backward: the forward's out
+  Strided dout;       // backward
+  const float* dlse;  // backward: [q_heads, query_tokens], or null
+  void* dq;           // backward
+  void* dk;
+  void* dv;
+  int64_t query_tokens;
+  int64_t key_tokens;
+  int64_t past_query;  // tokens from here on belong to no document
+  int64_t past_key;
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  bool causal;
+  int64_t window;  // 0: all keys
+  float softcap;   // 0: none
+  float scale;
+  DType dtype;
+};
+
 struct Kernels {
   const char* isa;
   void (*rms_norm_fwd)(const RmsNormFwd&);
@@ -150,6 +193,8 @@ struct Kernels {
   void (*cross_entropy_bwd)(const CrossEntropy&);
   void (*accumulate)(const Accumulate&);
   void (*scale)(const Scale&);
+  void (*attention_fwd)(const Attention&);
+  void (*attention_bwd)(const Attention&);
 };
 
 // The table of the instruction set in use: the best that this CPU has, or the one that LEMUR_FAST_CPU names.

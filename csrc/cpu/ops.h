@@ -14,5 +14,7 @@ void cross_entropy_fwd(const CrossEntropy& args);
 void cross_entropy_bwd(const CrossEntropy& args);
 void accumulate(const Accumulate& args);
 void scale(const Scale& args);
+void attention_fwd(const Attention& args);
+void attention_bwd(const Attention& args);
 
 }  // namespace lemur::cpu::LEMUR_ISA

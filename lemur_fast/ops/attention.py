@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any, serves_cpu
+from lemur_fast import _compiled
+from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_count,
     check_device,
@@ -41,6 +42,7 @@ from lemur_fast.ops._checks import (
     check_shape,
     compute_dtype,
     to_autocast_dtype,
+    unit_stride,
 )
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
@@ -86,10 +88,13 @@ class _Block(NamedTuple):
     hidden: Tensor | None  # [rows, keys], True where a query must not see a key
 
 
-def _blocks(document: _Document, options: AttentionOptions, rows: int, device: torch.device) -> Iterator[_Block]:
+_BLOCK_ROWS = 128  # queries whose scores are held at a time
+
+
+def _blocks(document: _Document, options: AttentionOptions, device: torch.device) -> Iterator[_Block]:
     q0, lq, k0, lk = document
-    for first in range(0, lq, rows):
-        last = min(first + rows, lq)
+    for first in range(0, lq, _BLOCK_ROWS):
+        last = min(first + _BLOCK_ROWS, lq)
         position = torch.arange(first, last, device=device) + (lk - lq)
         low, high = 0, lk
         if options.causal:
@@ -179,42 +184,15 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _blockwise_forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: list[_Document], options: AttentionOptions, rows: int
-) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(q)
-    for document in documents:
-        for block in _blocks(document, options, rows, q.device):
-            _block_forward(q, k, v, block, options, out, lse)
-    return out, lse
-
-
-def _blockwise_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    documents: list[_Document],
-    options: AttentionOptions,
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = compute_dtype(q.dtype)
-    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    dk, dv = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
-    for document in documents:
-        for block in _blocks(document, options, rows, q.device):
-            _block_backward(dout, dlse, q, k, v, out, lse, block, options, dq, dk, dv)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """The formula in plain torch, a whole document at a time: (out, lse)."""
-    return _blockwise_forward(q, k, v, _documents(cu_seqlens, cu_seqlens_k), options, max(q.shape[0], 1))
+    """The formula in plain torch: (out, lse)."""
+    out, lse = _empty_outputs(q)
+    for document in _documents(cu_seqlens, cu_seqlens_k):
+        for block in _blocks(document, options, q.device):
+            _block_forward(q, k, v, block, options, out, lse)
+    return out, lse
 
 
 def attention_backward_reference(
@@ -230,119 +208,55 @@ def attention_backward_reference(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) by the formulas above."""
-    documents = _documents(cu_seqlens, cu_seqlens_k)
-    return _blockwise_backward(dout, dlse, q, k, v, out, lse, documents, options, max(q.shape[0], 1))
+    wide = compute_dtype(q.dtype)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
+    for document in _documents(cu_seqlens, cu_seqlens_k):
+        for block in _blocks(document, options, q.device):
+            _block_backward(dout, dlse, q, k, v, out, lse, block, options, dq, dk, dv)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# ---- CPU -------------------------------------------------------------------------------------------------------------
-# torch's CPU flash attention serves full causal and full bidirectional documents. Its products are compiled anew for
-# every length it has not met (tens of milliseconds), and a call costs about as much as a document of 64 tokens. So
-# documents are padded up to one of a few lengths, and those of one padded length share a call. Pad keys come after
-# every real one: the causal mask hides them, an additive mask does where there is none. Pad queries are dropped; their
-# dout is 0.
-# Windows, softcaps, lq != lk under a causal mask and gradients of lse go block by block.
-
-_BLOCK_ROWS = 128
+# ---- backends --------------------------------------------------------------------------------------------------------
+# forward: (q, k, v, cu_seqlens, cu_seqlens_k, options) -> (out, lse); backward: (dout, dlse or None, q, k, v, out, lse,
+# cu_seqlens, cu_seqlens_k, options) -> (dq, dk, dv)
 
 
-class _Group(NamedTuple):
-    """Documents of one padded length: `queries` and `keys` are token indices [n, L] (a pad repeats the last token)."""
-
-    queries: Tensor
-    keys: Tensor
-    real_queries: Tensor  # [n, L] bool
-    real_keys: Tensor
+def _item(x: Tensor) -> tuple[int, int, int]:
+    """A tensor [tokens, heads, D] as the compiled part takes it."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def _padded_length(length: int) -> int:
-    """The next of 16, 32, 64, then multiples of 64, 128 above 1024 and 256 above 2048: at most 1/8 more beyond 512."""
-    if length <= 64:
-        return max(16, 1 << (length - 1).bit_length())
-    step = 64 if length <= 1024 else 128 if length <= 2048 else 256
-    return -(-length // step) * step
-
-
-def _token_indices(starts: list[int], lengths: list[int], padded: int) -> tuple[Tensor, Tensor]:
-    offset = torch.arange(padded)
-    length = torch.tensor(lengths)[:, None]
-    return torch.tensor(starts)[:, None] + torch.minimum(offset, length - 1), offset < length
-
-
-def _groups(documents: list[_Document]) -> list[_Group]:
-    by_length: dict[tuple[int, int], list[_Document]] = {}
-    for document in documents:
-        by_length.setdefault((_padded_length(document.lq), _padded_length(document.lk)), []).append(document)
-    groups = []
-    for (padded_q, padded_k), members in by_length.items():
-        q_starts, q_lengths, k_starts, k_lengths = (list(column) for column in zip(*members, strict=True))
-        queries, real_queries = _token_indices(q_starts, q_lengths, padded_q)
-        keys, real_keys = _token_indices(k_starts, k_lengths, padded_k)
-        groups.append(_Group(queries, keys, real_queries, real_keys))
-    return groups
-
-
-def _rows(x: Tensor, index: Tensor, kv_heads: int) -> Tensor:
-    """[T, H, D] -> [n * Hk, G, L, D]: the key heads join the batch, so that a group's queries share a key head."""
-    n, length = index.shape
-    if n == 1 and int(index[0, -1]) - int(index[0, 0]) + 1 == length:  # no pads: a view will do
-        rows = x[int(index[0, 0]) : int(index[0, -1]) + 1]
-    else:
-        rows = x.index_select(0, index.flatten())
-    rows = rows.view(n, length, kv_heads, -1, x.shape[-1]).permute(0, 2, 3, 1, 4)
-    return rows.reshape(n * kv_heads, -1, length, x.shape[-1])
-
-
-def _unrows(x: Tensor, n: int) -> Tensor:
-    """[n * Hk, G, L, D] -> [n, L, Hk * G, D]."""
-    return x.unflatten(0, (n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _mask(group: _Group, kv_heads: int, causal: bool, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask that hides pad keys where causality does not."""
-    if causal or bool(group.real_keys.all()):
-        return None
-    mask = torch.zeros(group.real_keys.shape, dtype=dtype).masked_fill_(~group.real_keys, -torch.inf)
-    return mask.repeat_interleave(kv_heads, 0)[:, None, None]
-
-
-def _flash_inputs(q: Tensor, k: Tensor, v: Tensor, group: _Group) -> tuple[Tensor, Tensor, Tensor]:
-    kv_heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
-    q_rows = _rows(q, group.queries, kv_heads)
-    k_rows, v_rows = (_rows(x, group.keys, kv_heads) for x in (k, v))
-    shape = (-1, repeat, -1, -1)
-    return q_rows, k_rows.expand(shape), v_rows.expand(shape)
-
-
-def _flash_serves(documents: list[_Document], options: AttentionOptions) -> bool:
-    if options.softcap or options.scale <= 0:  # the kernel masks before it scales: -inf times 0 is NaN
-        return False
-    if not options.causal:
-        return True
-    longest = max((document.lk for document in documents), default=0)
-    if options.window and options.window < longest:
-        return False
-    return all(document.lq == document.lk for document in documents)
+def _shape(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
+) -> dict[str, Any]:
+    """The arguments that forward and backward share. The tensors must outlive the call."""
+    return {
+        "cu_seqlens": cu_seqlens.data_ptr(),
+        "cu_seqlens_k": cu_seqlens_k.data_ptr(),
+        "num_documents": cu_seqlens.numel() - 1,
+        "q": _item(q),
+        "k": _item(k),
+        "v": _item(v),
+        "lse": lse.data_ptr(),
+        "query_tokens": q.shape[0],
+        "key_tokens": k.shape[0],
+        "q_heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "head_dim": q.shape[2],
+        "dtype": _compiled.dtype_code(q.dtype),
+        **options._asdict(),
+    }
 
 
 def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    documents = _documents(cu_seqlens, cu_seqlens_k)
-    if not _flash_serves(documents, options):
-        return _blockwise_forward(q, k, v, documents, options, _BLOCK_ROWS)
-    out, lse = _empty_outputs(q)
-    kv_heads = k.shape[1]
-    for group in _groups(documents):
-        mask = _mask(group, kv_heads, options.causal, q.dtype)
-        inputs = _flash_inputs(q, k, v, group)
-        group_out, group_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *inputs, 0.0, options.causal, attn_mask=mask, scale=options.scale
-        )
-        n = group.queries.shape[0]
-        real = group.real_queries
-        tokens = group.queries[real]
-        out[tokens] = _unrows(group_out, n)[real]
-        lse[:, tokens] = _unrows(group_lse[..., None], n)[real][..., 0].T
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
+    shape = _shape(q, k, v, lse, cu_seqlens, cu_seqlens_k, options)
+    _compiled.C.cpu.attention_fwd(out=out.data_ptr(), **shape)
     return out, lse
 
 
@@ -358,32 +272,24 @@ def _cpu_backward(
     cu_seqlens_k: Tensor,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    documents = _documents(cu_seqlens, cu_seqlens_k)
-    if dlse is not None or not _flash_serves(documents, options):
-        return _blockwise_backward(dout, dlse, q, k, v, out, lse, documents, options, _BLOCK_ROWS)
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    kv_heads = k.shape[1]
-    for group in _groups(documents):
-        mask = _mask(group, kv_heads, options.causal, q.dtype)
-        inputs = _flash_inputs(q, k, v, group)
-        n = group.queries.shape[0]
-        dout_rows, out_rows = (_rows(x, group.queries, kv_heads) for x in (dout, out))
-        if not bool(group.real_queries.all()):
-            pads = (~group.real_queries).repeat_interleave(kv_heads, 0)[:, None, :, None]
-            dout_rows = dout_rows.masked_fill(pads, 0.0)
-        # The kernel expects lse as its forward lays it out: [batch, heads, L] with the heads side by side.
-        lse_rows = _rows(lse.T[..., None], group.queries, kv_heads)[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
-        group_dq, group_dk, group_dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_rows, *inputs, out_rows, lse_rows, 0.0, options.causal, attn_mask=mask, scale=options.scale
-        )
-        dq[group.queries[group.real_queries]] = _unrows(group_dq, n)[group.real_queries]
-        keys = group.keys[group.real_keys]
-        dk[keys] = _unrows(group_dk.sum(1, keepdim=True), n)[group.real_keys]
-        dv[keys] = _unrows(group_dv.sum(1, keepdim=True), n)[group.real_keys]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
+    shape = _shape(q, k, v, lse, cu_seqlens, cu_seqlens_k, options)
+    _compiled.C.cpu.attention_bwd(
+        dout=_item(dout),
+        dlse=0 if dlse is None else dlse.data_ptr(),
+        out=_item(out),
+        dq=dq.data_ptr(),
+        dk=dk.data_ptr(),
+        dv=dv.data_ptr(),
+        **shape,
+    )
     return dq, dk, dv
 
 
-register_backend("attention", "cpu", refuse=serves_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("attention", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
 register_backend(
     "attention",
     "reference",

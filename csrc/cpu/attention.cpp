@@ -1,0 +1,457 @@
+// Attention over packed documents, forward and backward, without scores in memory: Dao et al., "FlashAttention", 2022,
+// arXiv 2205.14135, in blocks of kBlock queries by kBlock keys that stay in the first two caches.
+//
+//   s_ij = scale * q_i . k_j          (softcap c: c * tanh(s_ij / c)), -inf where query i may not see key j
+//   lse_i = log sum_j exp(s_ij),      p_ij = exp(s_ij - lse_i),      o_i = sum_j p_ij v_j
+//
+//   delta_i = o_i . do_i - dlse_i,    ds_ij = p_ij (do_i . v_j - delta_i)    (softcap: times 1 - tanh^2)
+//   dv_j = sum_i p_ij do_i,           dk_j = scale * sum_i ds_ij q_i,        dq_i = scale * sum_j ds_ij k_j
+//
+// Scores are held transposed, a key's row of queries, so that the statistics of a query live in a lane: largest, sum
+// and the rescaling of the output are then plain vector arithmetic, with nothing to add across a register. Exponentials
+// are taken in base 2. A task is a document's key head with all its query heads: its results are its own, so they have
+// the same bits whichever thread computes them.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/matmul.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace lemur::cpu::LEMUR_ISA {
+namespace {
+
+constexpr float kLn2 = 0.693147181f;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t blocks_of(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
+
+// ---- which query sees which key, in tokens of their document ----
+
+struct Visibility {
+  bool causal;
+  int64_t window;  // 0: all keys
+  int64_t offset;  // keys less queries: query i stands at the position of key i + offset
+  int64_t queries;
+  int64_t keys;
+
+  // The range of key blocks that some query of [first, past) sees.
+  int64_t first_key_block(int64_t first) const { return window ? most(0, first + offset - window + 1) / kBlock : 0; }
+  int64_t past_key_block(int64_t past) const { return blocks_of(causal ? most(0, least(keys, past + offset)) : keys); }
+};
+
+// A block of keys against a block of queries, the queries in lanes.
+struct BlockMask {
+  bool needed;
+  int64_t lowest;  // the first query lane that sees the block's first key; a lane more for every key after it
+  int64_t window;
+
+  BlockMask(const Visibility& v, int64_t key, int64_t keys, int64_t query, int64_t queries)
+      : needed(false), lowest(key - v.offset - query), window(v.window) {
+    if (!v.causal) return;
+    needed = lowest + keys - 1 > 0 || (window && lowest + window < queries);
+  }
+
+  // `seen` in the lanes from `lane` on that see key row `row`, `other` elsewhere.
+  Reg operator()(Reg seen, Reg other, int64_t row, int64_t lane) const {
+    static const float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Reg index = load_reg(kIndex);
+    const int64_t begin = lowest + row - lane, end = begin + window;
+    Reg kept = select(less(index, broadcast_reg(static_cast<float>(begin))), other, seen);
+    if (window) kept = select(less(index, broadcast_reg(static_cast<float>(end))), kept, other);
+    return kept;
+  }
+};
+
+// ---- scores ----
+
+// Scores in base 2 from products, and the factor of a score's gradient.
+template <bool kSoftcap>
+struct Scores {
+  Reg factor;  // of the product, to the exponent in base 2; with a softcap to the argument of tanh
+  Reg cap;
+
+  explicit Scores(const Attention& a)
+      : factor(broadcast_reg(kSoftcap ? a.scale / a.softcap : a.scale * kLog2E)),
+        cap(broadcast_reg(a.softcap * kLog2E)) {}
+
+  Reg operator()(Reg product) const {
+    if constexpr (kSoftcap) return mul(cap, tanh(mul(product, factor)));
+    return mul(product, factor);
+  }
+  // With the derivative of the softcap in `slope`.
+  Reg operator()(Reg product, Reg& slope) const {
+    if constexpr (kSoftcap) {
+      const Reg t = tanh(mul(product, factor));
+      slope = sub(broadcast_reg(1.f), mul(t, t));
+      return mul(cap, t);
+    }
+    return mul(product, factor);
+  }
+};
+
+// ---- memory of a thread ----
+
+// Hands out pieces of one allocation.
+template <typename Policy>
+struct Arena {
+  float* next;
+
+  float* floats(int64_t count) {
+    float* piece = next;
+    next += round_up(count, 16);
+    return piece;
+  }
+  typename Policy::Element* packs(int64_t floats_each, int64_t count) {
+    return reinterpret_cast<typename Policy::Element*>(floats(floats_each * count));
+  }
+};
+
+// Packs of consecutive blocks.
+template <typename Policy>
+struct Packs {
+  typename Policy::Element* data;
+  int64_t step;  // elements from block to block
+
+  Packs(Arena<Policy>& arena, int64_t floats_each, int64_t count)
+      : data(arena.packs(floats_each, count)),
+        step(floats_each * static_cast<int64_t>(sizeof(float) / sizeof(typename Policy::Element))) {}
+  typename Policy::Element* operator[](int64_t block) const { return data + block * step; }
+};
+
+template <typename T>
+Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length, int64_t block, int64_t head_dim) {
+  const int64_t first = block * kBlock;
+  return {static_cast<const T*>(x.data) + (start + first) * x.token_stride + head * x.head_stride, x.token_stride,
+          least(kBlock, length - first), head_dim};
+}
+
+// Writes rows first, first + 1, ... of `count` from their transpose x [head_dim, kBlock].
+template <typename T>
+void write_transposed(const float* x, int64_t count, int64_t head_dim, T* out, int64_t stride) {
+  float row[256];
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < head_dim; ++d) row[d] = x[d * kBlock + i];
+    T* to = out + i * stride;
+    for_lanes(head_dim,
+              [&](int64_t d, auto lanes) { store(to + d, load(static_cast<const float*>(row) + d, lanes), lanes); });
+  }
+}
+
+// ---- forward ----
+
+// Turns products [rows, kBlock] into exp(s - largest) and brings the statistics of the lanes up to date; the output so
+// far, [width, kBlock], is rescaled to them.
+template <bool kSoftcap>
+void softmax_block(const Scores<kSoftcap>& score, const BlockMask& mask, float* s, int64_t rows, int64_t lanes,
+                   float* largest, float* total, float* output, int64_t width, bool first) {
+  const Reg none = broadcast_reg(-INFINITY), zero = broadcast_reg(0.f);
+  for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
+    const Reg before = load_reg(largest + lane);
+    Reg high = before;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* p = s + row * kBlock + lane;
+      Reg t = score(load_reg(p));
+      if (mask.needed) t = mask(t, none, row, lane);
+      store_reg(p, t);
+      high = maximum(high, t);
+    }
+    // A lane that has seen nothing stays at zero: -inf - 0, not -inf + inf.
+    const Reg base = select(less(high, broadcast_reg(-FLT_MAX)), zero, high);
+    const Reg shrink = exp2(sub(before, base));
+    Reg sum = zero;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* p = s + row * kBlock + lane;
+      const Reg weight = exp2(sub(load_reg(p), base));
+      store_reg(p, weight);
+      sum = add(sum, weight);
+    }
+    store_reg(largest + lane, high);
+    store_reg(total + lane, fma(load_reg(total + lane), shrink, sum));
+    if (first) continue;
+    for (int64_t d = 0; d < width; ++d) {
+      float* o = output + d * kBlock + lane;
+      store_reg(o, mul(load_reg(o), shrink));
+    }
+  }
+}
+
+template <typename T, typename Policy, bool kSoftcap>
+struct Forward {
+  const Attention& a;
+  const Policy policy{};
+  const Scores<kSoftcap> score{a};
+  const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
+
+  static int64_t scratch_floats(const Attention& a, int64_t longest) {
+    const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
+    return 2 * blocks_of(longest) * pack + pack + kBlock * width + kBlock * kBlock + Policy::result_size() + 2 * kBlock;
+  }
+
+  void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
+    Arena<Policy> arena{memory};
+    const int64_t pack = round_up(Policy::pack_size(width), 16), key_blocks = blocks_of(doc.keys);
+    const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks), query(arena, pack, 1);
+    float* output = arena.floats(kBlock * width);
+    float* s = arena.floats(kBlock * kBlock);
+    auto* converted = arena.packs(Policy::result_size(), 1);
+    float* largest = arena.floats(kBlock);
+    float* total = arena.floats(kBlock);
+    for (int64_t block = 0; block < key_blocks; ++block) {
+      Policy::pack_a(block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, keys[block]);
+      Policy::pack_transposed_a(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width,
+                                values[block]);
+    }
+    const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
+        const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
+        const int64_t lanes = round_up(count, Policy::kWidth);
+        Policy::pack_transposed_b(block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim), width,
+                                  query[0]);
+        std::memset(output, 0, sizeof(float) * static_cast<size_t>(kBlock * width));
+        for (int64_t i = 0; i < kBlock; ++i) {
+          largest[i] = -INFINITY;
+          total[i] = 0.f;
+        }
+        const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
+        for (int64_t key_block = begin; key_block < end; ++key_block) {
+          const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
+          policy.product(padded, lanes, width, keys[key_block], width, query[0], kBlock, s, kBlock, false);
+          const BlockMask mask(visible, key_block * kBlock, rows, first, count);
+          softmax_block(score, mask, s, rows, lanes, largest, total, output, width, key_block == begin);
+          std::memset(s + rows * kBlock, 0, sizeof(float) * static_cast<size_t>((padded - rows) * kBlock));
+          policy.product(width, lanes, padded, values[key_block], kBlock, Policy::as_b(s, padded, converted), kBlock,
+                         output, kBlock, true);
+        }
+        finish(doc.query_start + first, head, count, lanes, largest, total, output);
+      }
+    }
+  }
+
+  void finish(int64_t token, int64_t head, int64_t count, int64_t lanes, float* largest, float* total,
+              float* output) const {
+    for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
+      float inverse[kRegLanes];
+      for (int i = 0; i < kRegLanes; ++i) inverse[i] = total[lane + i] == 0.f ? 0.f : 1.f / total[lane + i];
+      const Reg factor = load_reg(inverse);
+      for (int64_t d = 0; d < a.head_dim; ++d) {
+        float* o = output + d * kBlock + lane;
+        store_reg(o, mul(load_reg(o), factor));
+      }
+    }
+    float* lse = a.lse + head * a.query_tokens + token;
+    for (int64_t i = 0; i < count; ++i) lse[i] = total[i] == 0.f ? -INFINITY : largest[i] * kLn2 + logf(total[i]);
+    T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.head_dim;
+    write_transposed(output, count, a.head_dim, out, a.q_heads * a.head_dim);
+  }
+};
+
+// ---- backward ----
+
+template <typename T, typename Policy, bool kSoftcap>
+struct Backward {
+  const Attention& a;
+  const Policy policy{};
+  const Scores<kSoftcap> score{a};
+  const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
+
+  static int64_t scratch_floats(const Attention& a, int64_t longest) {
+    const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
+    return blocks_of(longest) * (7 * pack + 3 * kBlock * width + 2 * kBlock) + 2 * kBlock * kBlock +
+           2 * Policy::result_size();
+  }
+
+  void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
+    Arena<Policy> arena{memory};
+    const int64_t pack = round_up(Policy::pack_size(width), 16), block_size = kBlock * width;
+    const int64_t key_blocks = blocks_of(doc.keys), query_blocks = blocks_of(doc.queries);
+    const Packs<Policy> keys(arena, pack, key_blocks), keys_turned(arena, pack, key_blocks);
+    const Packs<Policy> values(arena, pack, key_blocks);
+    const Packs<Policy> query(arena, pack, query_blocks), query_turned(arena, pack, query_blocks);
+    const Packs<Policy> dout(arena, pack, query_blocks), dout_turned(arena, pack, query_blocks);
+    float* dk = arena.floats(key_blocks * block_size);
+    float* dv = arena.floats(key_blocks * block_size);
+    float* dq_turned = arena.floats(query_blocks * block_size);
+    float* lse = arena.floats(query_blocks * kBlock);
+    float* delta = arena.floats(query_blocks * kBlock);
+    float* p = arena.floats(kBlock * kBlock);
+    float* ds = arena.floats(kBlock * kBlock);
+    auto* converted = arena.packs(Policy::result_size(), 1);
+
+    for (int64_t block = 0; block < key_blocks; ++block) {
+      const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim);
+      Policy::pack_a(k, width, keys[block]);
+      Policy::pack_transposed_a(k, width, keys_turned[block]);
+      Policy::pack_a(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, values[block]);
+    }
+    std::memset(dk, 0, sizeof(float) * static_cast<size_t>(key_blocks * block_size));
+    std::memset(dv, 0, sizeof(float) * static_cast<size_t>(key_blocks * block_size));
+    const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      for (int64_t block = 0; block < query_blocks; ++block) {
+        const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
+        const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
+        Policy::pack_b(q, width, query[block]);
+        Policy::pack_transposed_b(q, width, query_turned[block]);
+        Policy::pack_b(grad, width, dout[block]);
+        Policy::pack_transposed_b(grad, width, dout_turned[block]);
+        statistics(doc, head, block, grad, lse + block * kBlock, delta + block * kBlock);
+      }
+      std::memset(dq_turned, 0, sizeof(float) * static_cast<size_t>(query_blocks * block_size));
+      for (int64_t block = 0; block < query_blocks; ++block) {
+        const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
+        const int64_t lanes = round_up(count, Policy::kWidth);
+        const int64_t end = visible.past_key_block(first + count);
+        for (int64_t key_block = visible.first_key_block(first); key_block < end; ++key_block) {
+          const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
+          policy.product(padded, lanes, width, keys[key_block], width, query_turned[block], kBlock, p, kBlock, false);
+          policy.product(padded, lanes, width, values[key_block], width, dout_turned[block], kBlock, ds, kBlock, false);
+          const BlockMask mask(visible, key_block * kBlock, rows, first, count);
+          gradients_of_scores(mask, p, ds, rows, padded, lanes, lse + first, delta + first);
+          policy.product(padded, width, lanes, Policy::as_a(p, padded, converted), kBlock, dout[block], width,
+                         dv + key_block * block_size, width, true);
+          policy.product(padded, width, lanes, Policy::as_a(ds, padded, converted), kBlock, query[block], width,
+                         dk + key_block * block_size, width, true);
+          policy.product(width, lanes, padded, keys_turned[key_block], kBlock, Policy::as_b(ds, padded, converted),
+                         kBlock, dq_turned + block * block_size, kBlock, true);
+        }
+        T* dq = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
+        scale_block(dq_turned + block * block_size, block_size);
+        write_transposed(dq_turned + block * block_size, count, a.head_dim, dq, a.q_heads * a.head_dim);
+      }
+    }
+    const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
+    write_rows(dk, doc.keys, a.scale, static_cast<T*>(a.dk) + offset);
+    write_rows(dv, doc.keys, 1.f, static_cast<T*>(a.dv) + offset);
+  }
+
+  // lse in base 2, +inf where a query sees nothing, so that its probabilities are 0; and delta.
+  void statistics(const AttentionDocument& doc, int64_t head, int64_t block, const Rows<T>& grad, float* lse,
+                  float* delta) const {
+    const auto out = block_rows<T>(a.o, head, doc.query_start, doc.queries, block, a.head_dim);
+    const int64_t at = head * a.query_tokens + doc.query_start + block * kBlock;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      lse[i] = INFINITY;
+      delta[i] = 0.f;
+      if (i >= grad.count) continue;
+      const float natural = a.lse[at + i];
+      if (natural == -INFINITY) continue;  // its dlse may be NaN: that is what merging two such rows sends back
+      lse[i] = natural * kLog2E;
+      const T* o = out.data + i * out.stride;
+      const T* g = grad.data + i * grad.stride;
+      delta[i] = sum_lanes(a.head_dim, [&](int64_t d, auto lanes, Vec partial) {
+        return fma(load(o + d, lanes), load(g + d, lanes), partial);
+      });
+      if (a.dlse) delta[i] -= a.dlse[at + i];
+    }
+  }
+
+  // From products to probabilities (p) and gradients of products (ds), but for the scale.
+  void gradients_of_scores(const BlockMask& mask, float* p, float* ds, int64_t rows, int64_t padded, int64_t lanes,
+                           const float* lse, const float* delta) const {
+    const Reg zero = broadcast_reg(0.f);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
+        float* p_at = p + row * kBlock + lane;
+        float* ds_at = ds + row * kBlock + lane;
+        Reg slope = zero;
+        Reg weight = exp2(sub(score(load_reg(p_at), slope), load_reg(lse + lane)));
+        Reg gradient = mul(weight, sub(load_reg(ds_at), load_reg(delta + lane)));
+        if constexpr (kSoftcap) gradient = mul(gradient, slope);
+        if (mask.needed) {
+          weight = mask(weight, zero, row, lane);
+          gradient = mask(gradient, zero, row, lane);
+        }
+        store_reg(p_at, weight);
+        store_reg(ds_at, gradient);
+      }
+    }
+    const auto rest = sizeof(float) * static_cast<size_t>((padded - rows) * kBlock);
+    std::memset(p + rows * kBlock, 0, rest);
+    std::memset(ds + rows * kBlock, 0, rest);
+  }
+
+  void scale_block(float* x, int64_t n) const {
+    const Reg factor = broadcast_reg(a.scale);
+    for (int64_t i = 0; i < n; i += kRegLanes) store_reg(x + i, mul(load_reg(x + i), factor));
+  }
+
+  void write_rows(const float* x, int64_t count, float factor, T* out) const {
+    const Vec by = broadcast(factor);
+    for (int64_t row = 0; row < count; ++row, x += width, out += a.kv_heads * a.head_dim) {
+      for_lanes(a.head_dim, [&](int64_t d, auto lanes) { store(out + d, mul(load(x + d, lanes), by), lanes); });
+    }
+  }
+};
+
+// ---- all documents ----
+
+template <typename Run>
+void run_tasks(const Attention& a) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < a.num_documents; ++i) {
+    longest = most(longest, most(a.documents[i].queries, a.documents[i].keys));
+  }
+  // Documents come with the dearest first; a thread takes the next task when it is done with one.
+  const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
+  int64_t next = 0;
+  parallel_for(least(max_threads(), tasks), 1, [&](int64_t, int64_t) {
+    const Scratch memory(floats);
+    const Run run{a};
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      run.task(a.documents[task / a.kv_heads], task % a.kv_heads, memory.data());
+    }
+  });
+}
+
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<bfloat16> = true;
+
+template <template <typename, typename, bool> class Run>
+void run(const Attention& a) {
+  with_type(a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+#if defined(LEMUR_ISA_AMX)
+    if constexpr (kIsBFloat16<T>) {
+      return a.softcap != 0.f ? run_tasks<Run<T, Tiles, true>>(a) : run_tasks<Run<T, Tiles, false>>(a);
+    }
+#endif
+    a.softcap != 0.f ? run_tasks<Run<T, Fma, true>>(a) : run_tasks<Run<T, Fma, false>>(a);
+  });
+}
+
+// Tokens that no document has: rows of zeros.
+void zero_tail(void* out, DType dtype, int64_t tokens, int64_t from, int64_t row) {
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  if (from < tokens) {
+    std::memset(static_cast<char*>(out) + from * row * size, 0, static_cast<size_t>((tokens - from) * row * size));
+  }
+}
+
+}  // namespace
+
+void attention_fwd(const Attention& a) {
+  run<Forward>(a);
+  zero_tail(a.out, a.dtype, a.query_tokens, a.past_query, a.q_heads * a.head_dim);
+  for (int64_t head = 0; head < a.q_heads; ++head) {
+    for (int64_t token = a.past_query; token < a.query_tokens; ++token)
+      a.lse[head * a.query_tokens + token] = -INFINITY;
+  }
+}
+
+void attention_bwd(const Attention& a) {
+  run<Backward>(a);
+  zero_tail(a.dq, a.dtype, a.query_tokens, a.past_query, a.q_heads * a.head_dim);
+  zero_tail(a.dk, a.dtype, a.key_tokens, a.past_key, a.kv_heads * a.head_dim);
+  zero_tail(a.dv, a.dtype, a.key_tokens, a.past_key, a.kv_heads * a.head_dim);
+}
+
+}  // namespace lemur::cpu::LEMUR_ISA
