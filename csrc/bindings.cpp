@@ -275,11 +275,14 @@ void cross_entropy_bwd(std::uintptr_t dloss, std::uintptr_t logits, int64_t logi
                 label_smoothing, z_loss, softcap, dtype);
 }
 
-void accumulate(std::uintptr_t total, std::uintptr_t x, int64_t n, bool add, int dtype) {
-  check_size("n", n, 0);
-  check_present("total", total, n);
-  check_present("x", x, n);
-  const lemur::cpu::Accumulate args{pointer<float>(total), pointer<void>(x), n, add, dtype_of("dtype", dtype)};
+void accumulate(std::uintptr_t total, int64_t total_stride, std::uintptr_t x, int64_t rows, int64_t cols, bool add,
+                int dtype) {
+  check_size("rows", rows, 0);
+  check_size("cols", cols, 0);
+  check_present("total", total, rows * cols);
+  check_present("x", x, rows * cols);
+  const lemur::cpu::Accumulate args{pointer<float>(total),   total_stride, pointer<void>(x), rows, cols, add,
+                                    dtype_of("dtype", dtype)};
   const auto& table = lemur::cpu::kernels();
   py::gil_scoped_release release;
   table.accumulate(args);
@@ -486,7 +489,7 @@ PYBIND11_MODULE(_C, m) {
           "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a,
           "kv_heads"_a, "head_dim"_a, "causal"_a, "window"_a, "softcap"_a, "scale"_a, "dtype"_a,
           "dq, dk and dv of attention; see csrc/cpu/kernels.h.");
-  cpu.def("accumulate", &accumulate, "total"_a, "x"_a, "n"_a, "add"_a, "dtype"_a,
+  cpu.def("accumulate", &accumulate, "total"_a, "total_stride"_a, "x"_a, "rows"_a, "cols"_a, "add"_a, "dtype"_a,
           "total = x, or total + x; total is float32; see csrc/cpu/kernels.h.");
   cpu.def("scale", &scale, "x"_a, "transposed"_a, "y"_a, "rows"_a, "cols"_a, "factor"_a, "x_dtype"_a, "y_dtype"_a,
           "y = x * factor, rounded once; see csrc/cpu/kernels.h.");

@@ -183,13 +183,7 @@ class cpu:
         dtype: int,
     ) -> None: ...
     @staticmethod
-    def accumulate(
-        total: int,
-        x: int,
-        n: int,
-        add: bool,
-        dtype: int,
-    ) -> None: ...
+    def accumulate(total: int, total_stride: int, x: int, rows: int, cols: int, add: bool, dtype: int) -> None: ...
     @staticmethod
     def scale(
         x: int, transposed: bool, y: int, rows: int, cols: int, factor: float, x_dtype: int, y_dtype: int

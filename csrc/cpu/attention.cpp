@@ -129,15 +129,22 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
           least(kBlock, length - first), head_dim};
 }
 
-// Writes rows first, first + 1, ... of `count` from their transpose x [head_dim, kBlock].
+// Writes `count` rows of `head_dim` elements, `stride` apart, from their transpose x [width, kBlock] times `factor`.
 template <typename T>
-void write_transposed(const float* x, int64_t count, int64_t head_dim, T* out, int64_t stride) {
-  float row[256];
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < head_dim; ++d) row[d] = x[d * kBlock + i];
-    T* to = out + i * stride;
-    for_lanes(head_dim,
-              [&](int64_t d, auto lanes) { store(to + d, load(static_cast<const float*>(row) + d, lanes), lanes); });
+void write_transposed(const float* x, int64_t count, int64_t head_dim, float factor, T* out, int64_t stride) {
+  alignas(64) float rows[16 * kMaxWidth];
+  const Vec by = broadcast(factor);
+  for (int64_t first = 0; first < count; first += 16) {
+    int64_t d = 0;
+    for (; d + 16 <= head_dim; d += 16) transpose_16x16(x + d * kBlock + first, kBlock, rows + d, kMaxWidth);
+    for (; d < head_dim; ++d) {
+      for (int64_t i = 0; i < 16; ++i) rows[i * kMaxWidth + d] = x[d * kBlock + first + i];
+    }
+    for (int64_t i = 0; i < least(16, count - first); ++i) {
+      const float* row = rows + i * kMaxWidth;
+      T* to = out + (first + i) * stride;
+      for_lanes(head_dim, [&](int64_t at, auto lanes) { store(to + at, mul(load(row + at, lanes), by), lanes); });
+    }
   }
 }
 
@@ -246,7 +253,7 @@ struct Forward {
     float* lse = a.lse + head * a.query_tokens + token;
     for (int64_t i = 0; i < count; ++i) lse[i] = total[i] == 0.f ? -INFINITY : largest[i] * kLn2 + logf(total[i]);
     T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.head_dim;
-    write_transposed(output, count, a.head_dim, out, a.q_heads * a.head_dim);
+    write_transposed(output, count, a.head_dim, 1.f, out, a.q_heads * a.head_dim);
   }
 };
 
@@ -320,8 +327,7 @@ struct Backward {
                          kBlock, dq_turned + block * block_size, kBlock, true);
         }
         T* dq = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
-        scale_block(dq_turned + block * block_size, block_size);
-        write_transposed(dq_turned + block * block_size, count, a.head_dim, dq, a.q_heads * a.head_dim);
+        write_transposed(dq_turned + block * block_size, count, a.head_dim, a.scale, dq, a.q_heads * a.head_dim);
       }
     }
     const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
@@ -375,11 +381,6 @@ struct Backward {
     std::memset(ds + rows * kBlock, 0, rest);
   }
 
-  void scale_block(float* x, int64_t n) const {
-    const Reg factor = broadcast_reg(a.scale);
-    for (int64_t i = 0; i < n; i += kRegLanes) store_reg(x + i, mul(load_reg(x + i), factor));
-  }
-
   void write_rows(const float* x, int64_t count, float factor, T* out) const {
     const Vec by = broadcast(factor);
     for (int64_t row = 0; row < count; ++row, x += width, out += a.kv_heads * a.head_dim) {
@@ -400,12 +401,12 @@ void run_tasks(const Attention& a) {
   const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
   int64_t next = 0;
   parallel_for(least(max_threads(), tasks), 1, [&](int64_t, int64_t) {
-    const Scratch memory(floats);
+    float* memory = thread_scratch(floats);
     const Run run{a};
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
-      run.task(a.documents[task / a.kv_heads], task % a.kv_heads, memory.data());
+      run.task(a.documents[task / a.kv_heads], task % a.kv_heads, memory);
     }
   });
 }

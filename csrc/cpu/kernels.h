@@ -118,11 +118,13 @@ struct CrossEntropy {
   DType dtype;
 };
 
-// total = x, or total + x; [n] both, contiguous.
+// total = x, or total + x; [rows, cols] both, x contiguous.
 struct Accumulate {
   float* total;
+  int64_t total_stride;
   const void* x;
-  int64_t n;
+  int64_t rows;
+  int64_t cols;
   bool add;
   DType dtype;
 };

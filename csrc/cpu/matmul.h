@@ -15,6 +15,7 @@
 namespace lemur::cpu::LEMUR_ISA {
 
 constexpr int64_t kBlock = 64;
+constexpr int64_t kMaxWidth = 256;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -38,7 +39,7 @@ struct Fma {
   // As an a, and as a b: [kBlock, width].
   template <typename T>
   static void pack(const Rows<T>& x, int64_t width, float* out) {
-    std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width));
+    if (x.count < kBlock || x.width < width) std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width));
     for (int64_t row = 0; row < x.count; ++row) {
       const T* from = x.data + row * x.stride;
       float* to = out + row * width;
@@ -57,12 +58,19 @@ struct Fma {
   // The transpose, as an a, and as a b: [width, kBlock].
   template <typename T>
   static void pack_transposed(const Rows<T>& x, int64_t width, float* out) {
-    std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width));
-    float natural[256];
-    for (int64_t row = 0; row < x.count; ++row) {
-      const T* from = x.data + row * x.stride;
-      for_lanes(x.width, [&](int64_t i, auto lanes) { store(natural + i, load(from + i, lanes), lanes); });
-      for (int64_t i = 0; i < x.width; ++i) out[i * kBlock + row] = natural[i];
+    alignas(64) float rows[kBlock * kMaxWidth];
+    const int64_t padded = round_up(width, 16);
+    pack(x, padded, rows);
+    for (int64_t column = 0; column < padded; column += 16) {
+      if (column + 16 <= width) {
+        for (int64_t row = 0; row < kBlock; row += 16) {
+          transpose_16x16(rows + row * padded + column, padded, out + column * kBlock + row, kBlock);
+        }
+        continue;
+      }
+      for (int64_t i = column; i < width; ++i) {
+        for (int64_t row = 0; row < kBlock; ++row) out[i * kBlock + row] = rows[row * padded + i];
+      }
     }
   }
   template <typename T>
@@ -150,29 +158,39 @@ struct Tiles {
 
   // [kBlock, width].
   static void pack_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
-    std::memset(out, 0, sizeof(bfloat16) * static_cast<size_t>(kBlock * width));
-    for (int64_t row = 0; row < x.count; ++row) {
-      std::memcpy(out + row * width, x.data + row * x.stride, sizeof(bfloat16) * static_cast<size_t>(x.width));
+    if (x.count < kBlock || x.width < width) {
+      std::memset(out, 0, sizeof(bfloat16) * static_cast<size_t>(kBlock * width));
     }
+    for (int64_t row = 0; row < x.count; ++row) copy_row(x.data + row * x.stride, x.width, out + row * width);
   }
 
   // [kBlock / 2, width] pairs (row, row + 1).
   static void pack_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
-    pairs_of_rows(x, width, reinterpret_cast<uint32_t*>(out));
+    alignas(64) bfloat16 padded[kBlock * kMaxWidth];
+    const Rows<bfloat16> rows = whole(x, width, padded);
+    for (int64_t row = 0; row < kBlock; row += 2) {
+      for (int64_t i = 0; i < width; i += kRegLanes) {
+        const auto* even = reinterpret_cast<const __m256i*>(rows.data + row * rows.stride + i);
+        const auto* odd = reinterpret_cast<const __m256i*>(rows.data + (row + 1) * rows.stride + i);
+        const Bits low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even));
+        const Bits high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(odd)), 16);
+        store_bits(out + row * width + 2 * i, _mm512_or_si512(low, high));
+      }
+    }
   }
 
-  // The transpose: [width, kBlock].
+  // The transpose: [width, kBlock]. Pairs of rows, turned.
   static void pack_transposed_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
-    alignas(64) uint32_t pairs[kBlock / 2 * 256];
-    pairs_of_rows(x, width, pairs);
-    transpose(pairs, kBlock / 2, width, reinterpret_cast<uint32_t*>(out));
+    alignas(64) bfloat16 pairs[kBlock * kMaxWidth];
+    pack_b(x, width, pairs);
+    turn(pairs, 2 * width, kBlock / 2, width, out);
   }
 
-  // The transpose: [width / 2, kBlock] pairs (column, column + 1).
+  // The transpose: [width / 2, kBlock] pairs (column, column + 1). Rows of pairs, turned.
   static void pack_transposed_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
-    alignas(64) bfloat16 rows[kBlock * 256];
-    pack_a(x, width, rows);
-    transpose(reinterpret_cast<const uint32_t*>(rows), kBlock, width / 2, reinterpret_cast<uint32_t*>(out));
+    alignas(64) bfloat16 padded[kBlock * kMaxWidth];
+    const Rows<bfloat16> rows = whole(x, width, padded);
+    turn(rows.data, rows.stride, kBlock, width / 2, out);
   }
 
   // [rows, kBlock] floats as [rows, kBlock] bfloat16.
@@ -237,49 +255,26 @@ struct Tiles {
   }
 
  private:
-  // Pairs (row, row + 1) of every column.
-  static void pairs_of_rows(const Rows<bfloat16>& x, int64_t width, uint32_t* out) {
-    alignas(64) bfloat16 even[256 + 32] = {}, odd[256 + 32] = {};
-    for (int64_t row = 0; row < kBlock; row += 2, out += width) {
-      const auto bytes = sizeof(bfloat16) * static_cast<size_t>(x.width);
-      row < x.count ? std::memcpy(even, x.data + row * x.stride, bytes) : std::memset(even, 0, bytes);
-      row + 1 < x.count ? std::memcpy(odd, x.data + (row + 1) * x.stride, bytes) : std::memset(odd, 0, bytes);
-      for (int64_t i = 0; i < width; i += kRegLanes) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + i)));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + i)));
-        store_bits(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-    }
+  static void copy_row(const bfloat16* from, int64_t count, bfloat16* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_bits(to + i, load_bits(from + i));
+    if (i < count) std::memcpy(to + i, from + i, sizeof(bfloat16) * static_cast<size_t>(count - i));
   }
 
-  // out[column, row] = x[row, column]; both multiples of 16.
-  static void transpose(const uint32_t* x, int64_t rows, int64_t columns, uint32_t* out) {
+  // A whole block of rows of `width`: x itself, or a copy padded with zeros.
+  static Rows<bfloat16> whole(const Rows<bfloat16>& x, int64_t width, bfloat16* padded) {
+    if (x.count == kBlock && x.width == width) return x;
+    pack_a(x, width, padded);
+    return {padded, width, kBlock, width};
+  }
+
+  // out[column, row] = x[row, column] of pairs; x_stride in elements, rows and columns in pairs, multiples of 16.
+  static void turn(const bfloat16* x, int64_t x_stride, int64_t rows, int64_t columns, bfloat16* out) {
+    alignas(64) uint32_t tile[16 * 16];
     for (int64_t row = 0; row < rows; row += 16) {
       for (int64_t column = 0; column < columns; column += 16) {
-        __m512i r[16], t[16];
-        for (int i = 0; i < 16; ++i) r[i] = load_bits(x + (row + i) * columns + column);
-        for (int i = 0; i < 16; i += 2) {
-          t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-          t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-          r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-          r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-          r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-          r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        // Lane q of r[4 g + c] holds column 4 q + c of the rows 4 g to 4 g + 3.
-        for (int c = 0; c < 4; ++c) {
-          const __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88),
-                        low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-          const __m512i high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd),
-                        high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-          t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);         // lane 0 of each
-          t[8 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);     // lane 2
-          t[4 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);   // lane 1
-          t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);  // lane 3
-        }
-        for (int i = 0; i < 16; ++i) store_bits(out + (column + i) * rows + row, t[i]);
+        for (int i = 0; i < 16; ++i) store_bits(tile + 16 * i, load_bits(x + (row + i) * x_stride + 2 * column));
+        transpose_16x16(tile, 16, reinterpret_cast<uint32_t*>(out) + column * rows + row, rows);
       }
     }
   }

@@ -1,6 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <memory>
 #include <new>
 
 #ifdef _OPENMP
@@ -40,6 +41,18 @@ void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
 
 Scratch::Scratch(int64_t floats)
     : data_(static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(floats), std::align_val_t(64)))) {}
+
+float* thread_scratch(int64_t floats) {
+  thread_local std::unique_ptr<Scratch> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    memory.reset();  // before the larger piece is asked for
+    size = 0;
+    memory = std::make_unique<Scratch>(floats);
+    size = floats;
+  }
+  return memory->data();
+}
 
 Scratch::~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
 

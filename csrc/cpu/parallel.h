@@ -49,6 +49,10 @@ class Scratch {
   float* data_;
 };
 
+// Uninitialised floats of this thread, 64-byte aligned, until it asks again. They are kept for the next call: memory
+// fresh from the system costs more than what small kernels do with it. Throws std::bad_alloc.
+float* thread_scratch(int64_t floats);
+
 // Most threads that parallel_for may use now.
 int max_threads();
 

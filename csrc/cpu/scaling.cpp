@@ -13,26 +13,27 @@ void scale_run(const X* x, Y* y, int64_t n, float factor) {
   for_lanes(n, [&](int64_t i, auto lanes) { store(y + i, mul(load(x + i, lanes), by), lanes); });
 }
 
-// Tiles of kTile x kTile are turned in the first cache: reads and writes both run along whole cache lines.
+// Turned in blocks of 32 columns by as many rows as make long runs to read, which the processor then fetches ahead.
 template <typename X, typename Y>
 void scale_transposed(const Scale& a) {
-  constexpr int64_t kTile = 64;
+  constexpr int64_t kRows = 256, kColumns = 32;
   const X* x = static_cast<const X*>(a.x);
   Y* y = static_cast<Y*>(a.y);
   const auto least = [](int64_t p, int64_t q) { return p < q ? p : q; };
-  parallel_for((a.rows + kTile - 1) / kTile, 1 + kGrain / (kTile * a.cols), [&](int64_t begin, int64_t end) {
-    float column[kTile], tile[kTile * kTile];
-    for (int64_t row = begin * kTile; row < least(end * kTile, a.rows); row += kTile) {
-      const int64_t height = least(kTile, a.rows - row);
-      for (int64_t col = 0; col < a.cols; col += kTile) {
-        const int64_t width = least(kTile, a.cols - col);
+  parallel_for((a.rows + kRows - 1) / kRows, 1 + kGrain / (kRows * a.cols), [&](int64_t begin, int64_t end) {
+    alignas(64) float runs[kColumns * kRows] = {}, tile[16 * kColumns];
+    for (int64_t row = begin * kRows; row < least(end * kRows, a.rows); row += kRows) {
+      const int64_t height = least(kRows, a.rows - row);
+      for (int64_t column = 0; column < a.cols; column += kColumns) {
+        const int64_t width = least(kColumns, a.cols - column);
         for (int64_t j = 0; j < width; ++j) {
-          const X* from = x + (col + j) * a.rows + row;
-          for_lanes(height, [&](int64_t i, auto lanes) { store(column + i, load(from + i, lanes), lanes); });
-          for (int64_t i = 0; i < height; ++i) tile[i * kTile + j] = column[i];
+          scale_run(x + (column + j) * a.rows + row, runs + j * kRows, height, a.factor);
         }
-        for (int64_t i = 0; i < height; ++i) {
-          scale_run(static_cast<const float*>(tile) + i * kTile, y + (row + i) * a.cols + col, width, a.factor);
+        for (int64_t i = 0; i < height; i += 16) {
+          for (int64_t j = 0; j < kColumns; j += 16) transpose_16x16(runs + j * kRows + i, kRows, tile + j, kColumns);
+          for (int64_t k = 0; k < least(16, height - i); ++k) {
+            scale_run(static_cast<const float*>(tile) + k * kColumns, y + (row + i + k) * a.cols + column, width, 1.f);
+          }
         }
       }
     }
@@ -44,13 +45,15 @@ void scale_transposed(const Scale& a) {
 void accumulate(const Accumulate& a) {
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_pieces(a.n, [&](int64_t begin, int64_t count) {
-      const T* x = static_cast<const T*>(a.x) + begin;
-      float* total = a.total + begin;
-      for_lanes(count, [&](int64_t i, auto lanes) {
-        const Vec v = load(x + i, lanes);
-        store(total + i, a.add ? add(v, load(static_cast<const float*>(total) + i, lanes)) : v, lanes);
-      });
+    parallel_for(a.rows, rows_per_grain(a.cols), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* x = static_cast<const T*>(a.x) + row * a.cols;
+        float* total = a.total + row * a.total_stride;
+        for_lanes(a.cols, [&](int64_t i, auto lanes) {
+          const Vec v = load(x + i, lanes);
+          store(total + i, a.add ? add(v, load(static_cast<const float*>(total) + i, lanes)) : v, lanes);
+        });
+      }
     });
   });
 }

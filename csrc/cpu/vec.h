@@ -485,6 +485,45 @@ inline void store_one(T* p, float value) {
   store(p, broadcast(value), Tail{1});
 }
 
+// ---- transposition ----
+
+// out[column, row] = x[row, column] of 32-bit elements, 16 rows and 16 columns of them.
+inline void transpose_16x16(const uint32_t* x, int64_t x_stride, uint32_t* out, int64_t out_stride) {
+#if defined(LEMUR_ISA_AVX512)
+  Bits r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = load_bits(x + i * x_stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // Now the quarter q of r[4 g + c] holds column 4 q + c of the rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const Bits even_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
+    const Bits even_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    const Bits odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    const Bits odd_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    store_bits(out + c * out_stride, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    store_bits(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    store_bits(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    store_bits(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+#else
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 16; ++column) out[column * out_stride + row] = x[row * x_stride + column];
+  }
+#endif
+}
+
+inline void transpose_16x16(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+  transpose_16x16(reinterpret_cast<const uint32_t*>(x), x_stride, reinterpret_cast<uint32_t*>(out), out_stride);
+}
+
 // ---- rounding ----
 
 template <typename T>

@@ -134,6 +134,9 @@ def _reference_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 _CHUNK_LOGITS = 2**25
 """Logits held at a time: 64 MiB in 16 bits. Few chunks, because each adds its dweight to the whole of the sum."""
 
+_PRODUCT_COLUMNS = 8192
+"""Columns of dweight computed at a time, before they are added to the sum."""
+
 
 def _chunks(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     """`rows` in chunks of nearly equal size, none longer than `most`."""
@@ -165,7 +168,7 @@ def _cpu_run(
         return losses, gradients
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
-    product = weight.new_empty(weight.T.shape if wanted.weight else 0)
+    product = weight.new_empty(weight.shape[1] * min(vocab, _PRODUCT_COLUMNS) if wanted.weight else 0)
     for number, rows in enumerate(chunks):
         logits, hidden_rows = memory[: rows.numel()], hidden[rows]
         if bias is None:
@@ -186,17 +189,30 @@ def _cpu_run(
         if wanted.hidden:
             gradients.hidden[rows] = logits @ weight
         if wanted.weight:
-            torch.mm(hidden_rows.T.contiguous(), logits, out=product)
-            _add(gradients.weight.T, product, first=number == 0)
+            _add_product(gradients.weight.T, hidden_rows.T.contiguous(), logits, product, first=number == 0)
         if wanted.bias:
-            _add(gradients.bias, logits.sum(0, dtype=torch.float32), first=number == 0)
+            _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=number == 0)
     return losses, gradients
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, memory: Tensor, first: bool) -> None:
+    """Sets total to left @ right, or adds it, some columns at a time, which `memory` must hold."""
+    for columns in range(0, total.shape[1], _PRODUCT_COLUMNS):
+        part = right[:, columns : columns + _PRODUCT_COLUMNS]
+        product = memory[: left.shape[0] * part.shape[1]].view(left.shape[0], part.shape[1])
+        _add(total[:, columns : columns + _PRODUCT_COLUMNS], torch.mm(left, part, out=product), first)
+
+
 def _add(total: Tensor, x: Tensor, first: bool) -> None:
-    """Sets total to x, or to total + x, x widened on the way: CPU products cannot widen their output."""
+    """Sets total to x, or adds x, widened on the way: CPU products cannot widen their output."""
     _compiled.C.cpu.accumulate(
-        total=total.data_ptr(), x=x.data_ptr(), n=x.numel(), add=not first, dtype=_compiled.dtype_code(x.dtype)
+        total=total.data_ptr(),
+        total_stride=total.stride(0),
+        x=x.data_ptr(),
+        rows=x.shape[0],
+        cols=x.shape[1],
+        add=not first,
+        dtype=_compiled.dtype_code(x.dtype),
     )
 
 

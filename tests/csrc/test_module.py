@@ -27,13 +27,17 @@ def test_build_info_is_of_this_version():
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert "generic" in info["cpu_isas"]
     if platform.machine() in ("x86_64", "AMD64"):
-        assert info["cpu_isas"] == ["generic", "avx2", "avx512"]
+        assert info["cpu_isas"] == ["generic", "avx2", "avx512", "amx"]
 
 
 def test_isas_are_those_that_the_cpu_has():
     features = set(C.cpu.features())
     assert ("avx2" in C.cpu.isas()) == ({"avx2", "fma", "f16c"} <= features)
-    assert ("avx512" in C.cpu.isas()) == ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2"} <= features)
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2"} <= features
+    assert ("avx512" in C.cpu.isas()) == avx512
+    if "amx" in C.cpu.isas():  # the system may refuse the tiles of a CPU that has them
+        assert avx512
+        assert {"amx_tile", "amx_bf16"} <= features
     if sys.platform == "linux" and platform.machine() == "x86_64":
         with open("/proc/cpuinfo") as file:
             flags = set(re.search(r"^flags\s*: (.*)$", file.read(), re.MULTILINE)[1].split())
