@@ -25,7 +25,9 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.train_step $(ARGS)
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.ops
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

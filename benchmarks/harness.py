@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import platform
@@ -61,6 +62,29 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def page_faults() -> int:
+    """Pages that this process has so far got fresh from the system."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def keep_freed_memory() -> str:
+    """Makes malloc keep what is freed for the next call, instead of giving it back to the system; says whether it does.
+
+    For timing kernels whose outputs are large: what they would wait for is the system clearing pages.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return "no mallopt here: times may hold the system's clearing of fresh memory"
+    kept = mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0)
+    return (
+        "malloc keeps freed memory" if kept else "mallopt failed: times may hold the system's clearing of fresh memory"
+    )
 
 
 @dataclass
@@ -159,5 +183,9 @@ def _receive(connection: Connection) -> Any:
 
 def write_json(path: Path, header: dict[str, Any], measurements: list[Measurement]) -> None:
     """One JSON line for each measurement, with the header's facts in each."""
-    lines = [json.dumps(header | asdict(measurement)) for measurement in measurements]
-    path.write_text("\n".join(lines) + "\n")
+    write_lines(path, [header | asdict(measurement) for measurement in measurements])
+
+
+def write_lines(path: Path, facts: list[dict[str, Any]]) -> None:
+    """One JSON line for each."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in facts))

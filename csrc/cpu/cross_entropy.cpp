@@ -53,6 +53,7 @@ void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
     }
     const Vec shift = broadcast(-largest);
     total += sum_lanes(count, [&](int64_t i, auto lanes, Vec partial) {
+      prefetch(block + kBlock + i);
       return add(partial, keep(exp(add(x(block + i, lanes), shift)), zero, lanes));
     });
   }
