@@ -269,7 +269,7 @@ struct Backward {
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
     return blocks_of(longest) * (7 * pack + 3 * kBlock * width + 2 * kBlock) + 2 * kBlock * kBlock +
-           2 * Policy::result_size();
+           Policy::result_size();
   }
 
   void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
@@ -401,12 +401,12 @@ void run_tasks(const Attention& a) {
   const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
   int64_t next = 0;
   parallel_for(least(max_threads(), tasks), 1, [&](int64_t, int64_t) {
-    float* memory = thread_scratch(floats);
+    const ThreadScratch scratch(floats);
     const Run run{a};
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
-      run.task(a.documents[task / a.kv_heads], task % a.kv_heads, memory);
+      run.task(a.documents[task / a.kv_heads], task % a.kv_heads, scratch.data());
     }
   });
 }

@@ -8,7 +8,7 @@
 #ifdef LEMUR_FAST_X86
 #include <cpuid.h>
 #endif
-#if defined(LEMUR_FAST_X86) && defined(__linux__)
+#if defined(LEMUR_FAST_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -25,6 +25,8 @@ extern const Kernels kTable;
 namespace avx512 {
 extern const Kernels kTable;
 }
+#endif
+#ifdef LEMUR_FAST_AMX
 namespace amx {
 extern const Kernels kTable;
 }
@@ -51,6 +53,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#ifdef LEMUR_FAST_AMX
 // Linux grants the tile registers, 8 KiB of state for each thread, to a process that asks.
 bool may_use_tiles() {
 #if defined(__linux__)
@@ -66,6 +69,7 @@ bool has_amx() {
   return has_avx512() && cpuid_bit(7, registers, 3, 22) && cpuid_bit(7, registers, 3, 24) && may_use_tiles();
 }
 #endif
+#endif
 
 struct Isa {
   const Kernels* table;
@@ -75,8 +79,10 @@ struct Isa {
 // Best first.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
-#ifdef LEMUR_FAST_X86
+#ifdef LEMUR_FAST_AMX
       {&amx::kTable, has_amx()},
+#endif
+#ifdef LEMUR_FAST_X86
       {&avx512::kTable, has_avx512()},
       {&avx2::kTable, has_avx2()},
 #endif

@@ -1,7 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
-#include <memory>
+#include <exception>
 #include <new>
 
 #ifdef _OPENMP
@@ -27,6 +27,7 @@ void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
     return;
   }
 #ifdef _OPENMP
+  std::exception_ptr failure;
 #pragma omp parallel num_threads(threads)
   {
     // The team may be smaller than asked for.
@@ -34,26 +35,58 @@ void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, void* context) {
     const int64_t share = n / team, rest = n % team;
     const int64_t begin = me * share + std::min(me, rest);
     const int64_t end = begin + share + (me < rest ? 1 : 0);
-    if (begin < end) fn(context, begin, end);
+    try {  // an exception that leaves a parallel region ends the process
+      if (begin < end) fn(context, begin, end);
+    } catch (...) {
+#pragma omp critical(lemur_fast_failure)
+      failure = std::current_exception();
+    }
   }
+  if (failure) std::rethrow_exception(failure);
 #endif
 }
 
-Scratch::Scratch(int64_t floats)
-    : data_(static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(floats), std::align_val_t(64)))) {}
+namespace {
 
-float* thread_scratch(int64_t floats) {
-  thread_local std::unique_ptr<Scratch> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset();  // before the larger piece is asked for
-    size = 0;
-    memory = std::make_unique<Scratch>(floats);
-    size = floats;
-  }
-  return memory->data();
+float* allocate(int64_t floats) {
+  return static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(floats), std::align_val_t(64)));
 }
 
-Scratch::~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+void release(float* data) { ::operator delete(data, std::align_val_t(64)); }
+
+constexpr int64_t kMostKept = int64_t{16} << 18;  // floats
+
+struct Kept {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Kept() { release(data); }
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+Scratch::Scratch(int64_t floats) : data_(allocate(floats)) {}
+
+Scratch::~Scratch() { release(data_); }
+
+ThreadScratch::ThreadScratch(int64_t floats) {
+  if (floats > kMostKept) {
+    data_ = allocate(floats);
+    return;
+  }
+  if (kept.size < floats) {
+    release(kept.data);  // before the larger piece is asked for
+    kept.data = nullptr;
+    kept.size = 0;
+    kept.data = allocate(floats);
+    kept.size = floats;
+  }
+  data_ = kept.data;
+}
+
+ThreadScratch::~ThreadScratch() {
+  if (data_ != kept.data) release(data_);
+}
 
 }  // namespace lemur::cpu

@@ -49,9 +49,19 @@ class Scratch {
   float* data_;
 };
 
-// Uninitialised floats of this thread, 64-byte aligned, until it asks again. They are kept for the next call: memory
-// fresh from the system costs more than what small kernels do with it. Throws std::bad_alloc.
-float* thread_scratch(int64_t floats);
+// The same, but of the calling thread, which may hold one at a time. Up to 16 MiB are kept for the thread's next one:
+// memory fresh from the system costs more than what small kernels do with it.
+class ThreadScratch {
+ public:
+  explicit ThreadScratch(int64_t floats);
+  ~ThreadScratch();
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
 
 // Most threads that parallel_for may use now.
 int max_threads();

@@ -72,8 +72,8 @@ void rotate(const X* x, Y* y, int64_t head_dim, bool interleaved, bool streamed,
 template <typename X, typename Y>
 void tokens(const Rotary* xs, int count, const RotaryTables& t, int64_t begin, int64_t end) {
   const int64_t size = t.interleaved ? scratch_size(t.head_dim) : 2 * half_size(t.head_dim);
-  float* scratch = thread_scratch(2 * size);
-  const Angles angles{scratch, scratch + size};
+  const ThreadScratch scratch(2 * size);
+  const Angles angles{scratch.data(), scratch.data() + size};
   for (int64_t token = begin; token < end; ++token) {
     with_type(t.table_dtype, [&](auto type) {
       using Table = typename decltype(type)::type;

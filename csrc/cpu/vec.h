@@ -369,10 +369,11 @@ constexpr float kLog2E = 1.44269504f;
 // e^x to about 1 + |x| / 2 roundings: what the product in the exponent leaves.
 inline Reg exp(Reg x) { return exp2(mul(x, broadcast_reg(kLog2E))); }
 
-// 1 / (1 + exp(-x)). The exponential is kept finite, so that its reciprocal is a number: below -87 the result is 0.
+// 1 / (1 + exp(-x)); 0 below -87, where the exponential has no reciprocal.
 inline Reg sigmoid(Reg x) {
-  const Reg t = minimum(broadcast_reg(126.f), mul(x, broadcast_reg(-kLog2E)));
-  return reciprocal(add(broadcast_reg(1.f), exp2(t)));
+  const Reg most = broadcast_reg(126.f), t = mul(x, broadcast_reg(-kLog2E));
+  const Reg s = reciprocal(add(broadcast_reg(1.f), exp2(minimum(most, t))));
+  return select(less(most, t), broadcast_reg(0.f), s);
 }
 
 // tanh to a few roundings, for small arguments too. Coefficients: Moshier's Cephes library, tanhf.

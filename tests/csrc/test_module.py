@@ -27,7 +27,8 @@ def test_build_info_is_of_this_version():
     assert re.match(r"(gcc|clang) \d+", info["compiler"])
     assert "generic" in info["cpu_isas"]
     if platform.machine() in ("x86_64", "AMD64"):
-        assert info["cpu_isas"] == ["generic", "avx2", "avx512", "amx"]
+        assert info["cpu_isas"][:3] == ["generic", "avx2", "avx512"]
+        assert info["cpu_isas"][3:] in (["amx"], [])  # compilers of before 2021 lack it
 
 
 def test_isas_are_those_that_the_cpu_has():

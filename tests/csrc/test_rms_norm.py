@@ -9,45 +9,10 @@ from torch import Tensor
 from lemur_fast import _compiled
 from lemur_fast._compiled import dtype_code
 from tests.criterion import assert_as_good
+from tests.csrc.raw import DTYPES, WIDTHS, Output, strided
 
 C = _compiled.C
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
-# Tails of every length around a vector and around four of them, for 4, 8 and 16 lanes; one width past the L1 cache.
-WIDTHS = (1, 2, 3, 7, 16, 17, 31, 63, 64, 65, 127, 1000, 9001)
-GUARD = 5
-
-
-@pytest.fixture(params=C.cpu.isas())
-def isa(request, monkeypatch) -> str:
-    monkeypatch.setenv("LEMUR_FAST_CPU", request.param)
-    assert C.cpu.isa() == request.param
-    return request.param
-
-
-class Output:
-    """Memory to be written whole: NaN inside, a guard on both sides, at an address that no vector is aligned to."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        size = torch.Size(shape).numel()
-        self.memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype)
-        self.memory[:GUARD] = self.memory[GUARD + size :] = 42.0
-        self.inside = self.memory[GUARD : GUARD + size].view(shape)
-
-    def data_ptr(self) -> int:
-        return self.inside.data_ptr()
-
-    def written(self) -> Tensor:
-        size = self.inside.numel()
-        assert (self.memory[:GUARD] == 42.0).all(), "written before the start"
-        assert (self.memory[GUARD + size :] == 42.0).all(), "written past the end"
-        return self.inside
-
-
-def strided(rows: int, cols: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random rows that lie further apart than they are long, at an odd address."""
-    data = torch.randn(rows, cols + 3, generator=generator).to(dtype)
-    return data[:, 1 : cols + 1]
 
 
 def forward(x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5) -> tuple[Tensor, ...]:
@@ -196,13 +161,6 @@ def test_a_bad_row_spoils_no_other(isa):
     y, _, _ = forward(x, torch.ones(40))
     assert y[1].isnan().all()
     assert torch.equal(y[[0, 2]], good[[0, 2]])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_same_bits_for_any_number_of_threads(isa, threads):
