@@ -130,5 +130,5 @@ def test_bad_arguments_are_refused_by_name(name):
         C.cpu.swiglu_fwd(**pointers | {name: 0}, **rest)
     with pytest.raises(ValueError, match="rows: got -1; must be at least 0"):
         C.cpu.swiglu_fwd(**pointers, **rest | {"rows": -1})
-    with pytest.raises(ValueError, match="dtype: got 3; takes a code of _C.DType"):
+    with pytest.raises(ValueError, match="dtype: got 3; takes a code"):
         C.cpu.swiglu_fwd(**pointers, **rest | {"dtype": 3})
