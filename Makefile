@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.packing
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -170,13 +170,21 @@ class PackedBatch:
             pad_id: input id of the tail.
 
         Raises:
-            ValueError: the batch is larger than one of the sizes.
+            TypeError: a size or `pad_id` is not an integer.
+            ValueError: the batch is larger than one of the sizes, or `pad_id` is below 0.
         """
 
         def missing(name: str, wanted: int | None, have: int) -> int:
-            if wanted is not None and wanted < have:
-                raise ValueError(f"{name}: got {wanted}; the batch has {have} already")
-            return 0 if wanted is None else wanted - have
+            if wanted is None:
+                return 0
+            size = _as_int(wanted, name)
+            if size < have:
+                raise ValueError(f"{name}: got {size}; the batch has {have} already")
+            return size - have
+
+        pad_id = _as_int(pad_id, "pad_id")
+        if pad_id < 0:
+            raise ValueError(f"pad_id: got {pad_id}; must be at least 0")
 
         def extended(tensor: Tensor, count: int, value: Any) -> Tensor:
             return torch.cat(
@@ -221,7 +229,10 @@ class PackedBatch:
                 tokens, or more than `pad_to`.
         """
         rows, masks = _checked_documents(documents, loss_masks)
-        return cls._from_arrays(rows, masks).padded(tokens=pad_to, pad_id=pad_id)
+        batch = cls._from_arrays(rows, masks)
+        if pad_to is not None and _as_int(pad_to, "pad_to") < batch.num_tokens:
+            raise ValueError(f"pad_to: got {pad_to}; the documents have {batch.num_tokens} tokens")
+        return batch.padded(tokens=pad_to, pad_id=pad_id)
 
     @classmethod
     def _from_arrays(cls, documents: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None) -> PackedBatch:
@@ -367,9 +378,7 @@ def plan(lengths: Any, max_tokens: int, *, strategy: Strategy = "best_fit", over
         raise ValueError(f"strategy: got {strategy!r}; takes {', '.join(_STRATEGIES)}")
     if overlong not in _OVERLONG:
         raise ValueError(f"overlong: got {overlong!r}; takes {', '.join(_OVERLONG)}")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer):
-        raise TypeError(f"max_tokens: got {type(max_tokens).__name__}; takes an int")
-    max_tokens = int(max_tokens)
+    max_tokens = _as_int(max_tokens, "max_tokens")
     if not 1 <= max_tokens <= _MAX_INT32:
         raise ValueError(f"max_tokens: got {max_tokens}; must lie in [1, {_MAX_INT32}] (cu_seqlens is int32)")
     whole = _as_integers(lengths, "lengths")
@@ -550,6 +559,12 @@ def _checked_documents(
             raise ValueError(f"loss_masks[{i}]: got shape {mask.shape}; documents[{i}] has {row.size} tokens")
         masks.append(mask)
     return rows, masks
+
+
+def _as_int(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes an int")
+    return int(value)
 
 
 def _as_integers(values: Any, name: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Pretrain a LLaMA on code and text, 10:1 by tokens.
 
     python recipes/pretrain.py                                  # preset tiny: learns from nothing in four minutes
-    python recipes/pretrain.py --steps 20 --out /tmp/look       # a quick look, in a folder of your choice
+    python recipes/pretrain.py --steps 20 --out runs/look       # a quick look, in a folder of your choice
     python recipes/pretrain.py --batch-tokens 65536 --lr 1e-3   # every field below can be set
     python recipes/pretrain.py --model DIR --lr 1e-4            # continue the LLaMA in a Hugging Face folder
     python recipes/pretrain.py --preset smollm2-135m --model DIR

@@ -187,8 +187,11 @@ def _row_positions(batch_shape: tuple[int, int], device: torch.device) -> Tensor
 
 
 def _may_look(tensor: Tensor) -> bool:
-    """Whether values may be looked at: free on a CPU, a sync elsewhere, a graph break under torch.compile."""
-    return debug_enabled() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+    """Whether values may be looked at: free on a CPU, a sync elsewhere, a graph break under torch.compile.
+
+    What is not checked here, the attention operator checks again where looking is free or asked for.
+    """
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debug_enabled())
 
 
 def _flash_cu_seqlens(cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None) -> Tensor:

@@ -441,3 +441,17 @@ def test_return_dict_false_gives_a_tuple() -> None:
     assert torch.equal(loss, ours(ids, labels=ids).loss)
     (hidden,) = ours.model(ids, return_dict=False)
     assert hidden.shape == (2, 9, 64)
+
+
+def test_positions_restart_in_every_document() -> None:
+    """Seen from inside: rotary embeddings only know distances, so the loss does not tell where positions start."""
+    bounds = torch.tensor([0, 0, 3, 4, 4, 8, 8, 8], dtype=torch.int32)
+    want = [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]  # and those of the tail
+    ours, _ = pair()
+    seen: list[torch.Tensor] = []
+    rotary_emb = ours.model.rotary_emb
+    rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    ours(input_ids=torch.randint(1, VOCAB, (1, 10)), cu_seqlens=bounds)
+    assert [positions.flatten().tolist() for positions in seen] == [want]

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemur_fast as lf
+from lemur_fast import dispatch
 from lemur_fast.llama import accelerate, forwards
 from tests.llama.tiny import (
     VOCAB,
@@ -104,6 +105,19 @@ def test_compiled_without_graph_breaks(way: str) -> None:
     result = loss_and_gradients(step, **batch)
     plain = {name.removeprefix("_orig_mod."): gradient for name, gradient in result[1].items()}
     assert_same((result[0], plain), truth)
+
+
+def test_compiled_in_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing looks at values while it is traced; the operators look when they run."""
+    monkeypatch.setattr(dispatch, "_debug", True)
+    ours, stock = pair()
+    torch.compiler.reset()
+    step = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    batch = compiled_batches()["cu_seqlens"]
+    assert_near(step(**batch).loss, separate_documents(stock, documents())[0])
+    batch["cu_seqlens"] = batch["cu_seqlens"].flip(0)
+    with pytest.raises(ValueError, match="cu_seqlens: got"):
+        step(**batch)
 
 
 def test_compiled_base_model_has_zeros_at_padding() -> None:

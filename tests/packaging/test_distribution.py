@@ -145,17 +145,13 @@ def test_a_wrong_environment_is_named(checkout, tmp_path, environment, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cuda", "limit"), [("0", 120), ("auto", 240)])
-def test_isolated_install_where_torch_is_not(checkout, tmp_path, cuda, limit):
-    """``pip install .`` with a compiler, in an environment with nothing in it, in bounded time."""
-    import time
-
+@pytest.mark.parametrize("cuda", ["0", "auto"])
+def test_isolated_install_where_torch_is_not(checkout, tmp_path, cuda):
+    """``pip install .`` with a compiler, in an environment with nothing in it."""
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     shutil.rmtree(checkout / "build", ignore_errors=True)
     python = tmp_path / "venv" / "bin" / "python"
-    start = time.perf_counter()
     run(python, "-m", "pip", "install", "--no-deps", checkout, cwd=tmp_path, LEMUR_FAST_CUDA=cuda)
-    assert time.perf_counter() - start < limit
     (module,) = (tmp_path / "venv").glob("lib/python*/site-packages/lemur_fast/_C.*.so")
     code = (
         "import importlib.machinery as m, importlib.util as u;"

@@ -94,7 +94,7 @@ def test_pad_to_is_padded():
     batch = PackedBatch.from_documents([[1, 2], [3]], pad_to=5, pad_id=9)
     assert batch.input_ids.tolist() == [1, 2, 3, 9, 9]
     assert batch.cu_seqlens.tolist() == [0, 2, 3]
-    with pytest.raises(ValueError, match="tokens: got 2; the batch has 3 already"):
+    with pytest.raises(ValueError, match="pad_to: got 2; the documents have 3 tokens"):
         PackedBatch.from_documents([[1, 2], [3]], pad_to=2)
 
 
@@ -217,3 +217,30 @@ def test_batches_pass_a_dataloader():
     batches, _ = pack([[1, 2, 3]] * 5, 6)
     loaded = list(torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False))
     assert [b.input_ids.tolist() for b in loaded] == [b.input_ids.tolist() for b in batches]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tokens": "a"}, TypeError, "^tokens: got str; takes an int"),
+        ({"tokens": 9.0}, TypeError, "^tokens: got float; takes an int"),
+        ({"documents": True}, TypeError, "^documents: got bool; takes an int"),
+        ({"trained_rows": 2.5}, TypeError, "^trained_rows: got float; takes an int"),
+        ({"tokens": 2}, ValueError, "^tokens: got 2; the batch has 3 already"),
+        ({"documents": 1}, ValueError, "^documents: got 1; the batch has 2 already"),
+        ({"tokens": 5, "pad_id": 1.5}, TypeError, "^pad_id: got float; takes an int"),
+        ({"tokens": 5, "pad_id": -1}, ValueError, "^pad_id: got -1; must be at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_padding_is_refused_by_name(arguments, error, message):
+    batch = PackedBatch.from_documents([[1, 2], [3]])
+    with pytest.raises(error, match=message):
+        batch.padded(**arguments)
+    with pytest.raises(TypeError, match=r"^pad_to: got float; takes an int"):
+        PackedBatch.from_documents([[1, 2]], pad_to=2.5)
+
+
+def test_sizes_may_be_numpy_integers():
+    batch = PackedBatch.from_documents([[1, 2], [3]], pad_to=np.int64(5), pad_id=np.int32(7))
+    assert batch.input_ids.tolist() == [1, 2, 3, 7, 7]
