@@ -5,7 +5,7 @@ Every op has up to four implementations, named by backend:
 ========== =======================================================
 cuda       CUDA C++ kernels in ``csrc/cuda``
 triton     Triton kernels in ``kernels/``
-cpu        C++ kernels in ``csrc/cpu``, or torch operators composed so that memory stays small
+cpu        C++ kernels in ``csrc/cpu``
 reference  the formula in plain torch: always there, on any device, in any dtype
 ========== =======================================================
 

@@ -21,8 +21,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     name = schema[: schema.index("(")]
 
     def run(*args: Any) -> Any:
-        # Autocast stays active inside an operator. The dtypes were settled by the public function, and a composed
-        # implementation must not have its float32 products turned into bfloat16 behind its back.
+        # Autocast stays active inside an operator. The dtypes were settled by the public function, and the
+        # reference must not have its float32 products turned into bfloat16 behind its back.
         device_type = _device_type(args)
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
