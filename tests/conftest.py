@@ -12,6 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+"""Whether Triton's kernels run in its interpreter: tests of ops then run through them, and watch their memory."""
+
+if INTERPRETING:
+    from tests.interpreter import mend
+
+    mend()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import debug_enabled
 from lemur_fast.ops._checks import (
     check_device,
@@ -177,6 +177,24 @@ def compiled_token_loss(
         **options._asdict(),
     )
     return result
+
+
+# ---- the same in Triton ----------------------------------------------------------------------------------------------
+
+_forward_kernel = _triton.kernel("cross_entropy", "forward")
+
+
+def triton_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    want_stats: bool,
+    dloss: Tensor | None = None,
+    grad_out: Tensor | None = None,
+) -> TokenLoss:
+    """As `compiled_token_loss`, on a GPU; a label outside the vocabulary makes its row NaN."""
+    dloss = None if dloss is None else dloss.contiguous()
+    return TokenLoss(*_forward_kernel(logits, labels.contiguous(), want_stats, dloss, grad_out, **options._asdict()))
 
 
 # ---- checks and reductions -------------------------------------------------------------------------------------------

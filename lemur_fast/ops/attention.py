@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_count,
@@ -289,7 +289,37 @@ def _cpu_backward(
     return dq, dk, dv
 
 
+_forward_kernel, _backward_kernel = _triton.kernel("attention", "forward"), _triton.kernel("attention", "backward")
+
+
+def _triton_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    return _forward_kernel(q, k, v, cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), options)
+
+
+def _triton_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
+    dlse = None if dlse is None else dlse.contiguous()
+    return _backward_kernel(
+        dout, dlse, q, k, v, out, lse.contiguous(), cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), options
+    )
+
+
 register_backend("attention", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("attention", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend(
     "attention",
     "reference",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import check_dims, check_float, compute_dtype, unit_stride
 from lemur_fast.ops._loss import (
@@ -27,6 +27,7 @@ from lemur_fast.ops._loss import (
     token_loss_backward_reference,
     token_loss_reference,
     trained_weight,
+    triton_token_loss,
 )
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
@@ -57,7 +58,21 @@ def _cpu_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, op
     return dlogits
 
 
+_backward_kernel = _triton.kernel("cross_entropy", "backward")
+
+
+def _triton_forward(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool) -> TokenLoss:
+    return triton_token_loss(unit_stride(logits), labels, options, want_stats)
+
+
+def _triton_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+    return _backward_kernel(
+        dloss.contiguous(), unit_stride(logits), labels.contiguous(), lse.contiguous(), **options._asdict()
+    )
+
+
 register_backend("cross_entropy", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("cross_entropy", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend(
     "cross_entropy",
     "reference",

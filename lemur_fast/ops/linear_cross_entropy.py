@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_count,
@@ -47,6 +47,7 @@ from lemur_fast.ops._loss import (
     token_loss_backward_reference,
     token_loss_reference,
     trained_weight,
+    triton_token_loss,
 )
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
@@ -94,13 +95,15 @@ def _empty_gradients(layer: Layer, wanted: Wanted) -> Gradients:
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
-# run: (layer, labels, options, want_stats, dloss or None, wanted, chunk_tokens) -> (TokenLoss, Gradients)
-# The gradients are those of (dloss * loss).sum(); dloss None stands for ones.
+# run: (layer, labels, rows or None, options, want_stats, dloss or None, wanted, chunk_tokens) -> (TokenLoss, Gradients)
+# labels are ignored wherever rows, which only say where to look, do not have them. The gradients are those of
+# (dloss * loss).sum(); dloss None stands for ones.
 
 
 def _reference_run(
     layer: Layer,
     labels: Tensor,
+    rows: Tensor | None,
     options: LossOptions,
     want_stats: bool,
     dloss: Tensor | None,
@@ -147,6 +150,7 @@ def _chunks(rows: Tensor, most: int) -> tuple[Tensor, ...]:
 def _cpu_run(
     layer: Layer,
     labels: Tensor,
+    rows: Tensor | None,
     options: LossOptions,
     want_stats: bool,
     dloss: Tensor | None,
@@ -169,25 +173,25 @@ def _cpu_run(
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
     product = weight.new_empty(weight.shape[1] * min(vocab, _PRODUCT_COLUMNS) if wanted.weight else 0)
-    for number, rows in enumerate(chunks):
-        logits, hidden_rows = memory[: rows.numel()], hidden[rows]
+    for number, chunk_rows in enumerate(chunks):
+        logits, hidden_rows = memory[: chunk_rows.numel()], hidden[chunk_rows]
         if bias is None:
             torch.mm(hidden_rows, weight.T, out=logits)
         else:
             torch.addmm(bias, hidden_rows, weight.T, out=logits)
         chunk = compiled_token_loss(
             logits,
-            labels[rows],
+            labels[chunk_rows],
             options,
             want_stats,
-            None if dloss is None else dloss[rows].float(),
+            None if dloss is None else dloss[chunk_rows].float(),
             grad_out=logits if any(wanted) else None,
         )
         for whole, part in zip(losses, chunk, strict=True):
             if whole.numel():
-                whole[rows] = part
+                whole[chunk_rows] = part
         if wanted.hidden:
-            gradients.hidden[rows] = logits @ weight
+            gradients.hidden[chunk_rows] = logits @ weight
         if wanted.weight:
             _add_product(gradients.weight.T, hidden_rows.T.contiguous(), logits, product, first=number == 0)
         if wanted.bias:
@@ -232,7 +236,94 @@ def _cpu_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
+# ---- GPU: products by cuBLAS, the rest of a chunk in one Triton kernel -----------------------------------------------
+
+_GPU_CHUNK_LOGITS = 2**27
+"""Logits held at a time: 256 MiB in 16 bits, 4,096 rows of 32,000. The products of chunks much smaller than that do not
+fill a GPU."""
+
+
+def _triton_run(
+    layer: Layer,
+    labels: Tensor,
+    rows: Tensor | None,
+    options: LossOptions,
+    want_stats: bool,
+    dloss: Tensor | None,
+    wanted: Wanted,
+    chunk_tokens: int | None,
+) -> tuple[TokenLoss, Gradients]:
+    # Nothing here looks at values: with `rows` their number is known, without it every row is projected.
+    layer = layer.in_dtype_of_hidden()
+    hidden, weight, bias = layer
+    tokens, vocab = hidden.shape[0], weight.shape[0]
+    gradients = _empty_gradients(layer, wanted)
+    if rows is not None:
+        return _triton_run_of_rows(layer, labels, rows, options, want_stats, dloss, wanted, chunk_tokens)
+    losses = empty_token_loss(hidden, tokens, want_stats)
+    most = chunk_tokens or max(1024, _GPU_CHUNK_LOGITS // vocab)
+    count = max(1, -(-tokens // most))
+    memory = hidden.new_empty(-(-tokens // count), vocab)
+    for number, part in enumerate(torch.arange(tokens).tensor_split(count)):
+        chunk = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0, 0)
+        logits, hidden_rows = memory[: len(part)], hidden[chunk]
+        if bias is None:
+            torch.mm(hidden_rows, weight.T, out=logits)
+        else:
+            torch.addmm(bias, hidden_rows, weight.T, out=logits)
+        dlogits = logits if any(wanted) else None
+        chunk_dloss = None if dloss is None else dloss[chunk].float()
+        parts = triton_token_loss(logits, labels[chunk], options, want_stats, chunk_dloss, dlogits)
+        for whole, values in zip(losses, parts, strict=True):
+            if whole.numel():
+                whole[chunk] = values
+        if wanted.hidden:
+            torch.mm(logits, weight, out=gradients.hidden[chunk])
+        if wanted.weight:
+            _add_wide_product(gradients.weight, logits.T, hidden_rows, first=number == 0)
+        if wanted.bias:
+            total = logits.sum(0, dtype=torch.float32)
+            gradients.bias.copy_(total if number == 0 else gradients.bias + total)
+    return losses, gradients
+
+
+def _triton_run_of_rows(
+    layer: Layer, labels: Tensor, rows: Tensor, options: LossOptions, want_stats: bool, *arguments: Any
+) -> tuple[TokenLoss, Gradients]:
+    """`_triton_run` on `rows` alone, with its results put where they belong: those of padding in a row too many."""
+    dloss, wanted, chunk_tokens = arguments
+    hidden, weight, bias = layer
+    tokens = hidden.shape[0]
+    inside = (rows >= 0) & (rows < tokens)
+    source = torch.where(inside, rows, 0).long()
+    target = torch.where(inside, rows, tokens).long()
+    chosen = torch.where(inside, labels[source], options.ignore_index)
+    chosen_dloss = None if dloss is None else dloss[source]
+    losses, gradients = _triton_run(
+        Layer(hidden[source], weight, bias), chosen, None, options, want_stats, chosen_dloss, wanted, chunk_tokens
+    )
+
+    def spread(values: Tensor, count: int) -> Tensor:
+        whole = values.new_zeros((count + 1, *values.shape[1:]))
+        return whole.index_copy_(0, target, values)[:count].clone()
+
+    whole_losses = TokenLoss(*(spread(values, tokens) if values.numel() else values for values in losses))
+    return whole_losses, gradients._replace(hidden=spread(gradients.hidden, tokens) if wanted.hidden else hidden[:0, 0])
+
+
+def _add_wide_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Sets the float32 total to left @ right, or adds it, without a temporary of its size on a GPU."""
+    if not total.is_cuda or left.dtype == torch.float32:  # the CPU, where kernels are interpreted, cannot widen
+        product = left.float() @ right.float()
+        total.copy_(product if first else total + product)
+    elif first:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
 register_backend("linear_cross_entropy", "cpu", refuse=_compiled.refuses_cpu, run=_cpu_run, scale=_cpu_scale)
+register_backend("linear_cross_entropy", "triton", refuse=_triton.refuses, run=_triton_run, scale=_reference_scale)
 register_backend("linear_cross_entropy", "reference", refuse=serves_any, run=_reference_run, scale=_reference_scale)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------
@@ -254,7 +345,7 @@ def _tokens(
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
     nothing = Wanted(False, False, False)
-    return run(Layer(hidden, weight, bias), labels, checked, want_stats, None, nothing, chunk_tokens)[0]
+    return run(Layer(hidden, weight, bias), labels, rows, checked, want_stats, None, nothing, chunk_tokens)[0]
 
 
 def _tokens_fake(hidden: Tensor, *arguments: Any) -> TokenLoss:
@@ -275,7 +366,7 @@ def _tokens_bwd(
     checked = LossOptions(*options)
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
-    return run(Layer(hidden, weight, bias), labels, checked, False, dloss, wanted, chunk_tokens)[1]
+    return run(Layer(hidden, weight, bias), labels, rows, checked, False, dloss, wanted, chunk_tokens)[1]
 
 
 def _tokens_bwd_fake(dloss: Tensor, hidden: Tensor, weight: Tensor, *arguments: Any) -> Gradients:
@@ -298,7 +389,8 @@ def _sum(
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
     wanted = Wanted(want_hidden, want_weight, want_bias)
-    losses, gradients = run(Layer(hidden, weight, bias), labels, checked, want_stats, weights, wanted, chunk_tokens)
+    layer = Layer(hidden, weight, bias)
+    losses, gradients = run(layer, labels, rows, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
     if weights is not None:
         loss = torch.where(labels != checked.ignore_index, loss * weights.to(loss.dtype), 0.0)

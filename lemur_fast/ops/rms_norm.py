@@ -20,7 +20,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_device,
@@ -116,6 +116,13 @@ def _cpu_backward(
 
 
 register_backend("rms_norm", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend(
+    "rms_norm",
+    "triton",
+    refuse=_triton.refuses,
+    forward=_triton.kernel("rms_norm", "forward"),
+    backward=_triton.kernel("rms_norm", "backward"),
+)
 register_backend(
     "rms_norm",
     "reference",

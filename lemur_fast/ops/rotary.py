@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_constant,
@@ -120,7 +120,23 @@ def _cpu_backward(
     return _rotate(dq, dk, cos, sin, interleaved, dtype, backward=True)
 
 
+_rotate_kernel = _triton.kernel("rotary", "rotate")
+
+
+def _triton_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
+    return _rotate_kernel(q, k, cos, sin, interleaved, torch.promote_types(q.dtype, cos.dtype), transposed=False)
+
+
+def _triton_backward(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dq, dk, cos, sin = (unit_stride(x) for x in (dq, dk, cos, sin))
+    return _rotate_kernel(dq, dk, cos, sin, interleaved, dtype, transposed=True)
+
+
 register_backend("rotary", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("rotary", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend("rotary", "reference", refuse=serves_any, forward=_reference_forward, backward=_reference_backward)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------

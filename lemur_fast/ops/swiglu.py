@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lemur_fast import _compiled
+from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
 from lemur_fast.ops._checks import (
     check_device,
@@ -92,7 +92,18 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     return dgate, dup
 
 
+def _triton_forward(gate: Tensor, up: Tensor) -> Tensor:
+    return _forward_kernel(_rows(gate), _rows(up)).view(gate.shape)
+
+
+def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = _backward_kernel(_rows(dy), _rows(gate), _rows(up))
+    return dgate.view(gate.shape), dup.view(up.shape)
+
+
+_forward_kernel, _backward_kernel = _triton.kernel("swiglu", "forward"), _triton.kernel("swiglu", "backward")
 register_backend("swiglu", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+register_backend("swiglu", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend("swiglu", "reference", refuse=serves_any, forward=swiglu_reference, backward=swiglu_backward_reference)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 import lemur_fast as lf
 from lemur_fast._compiled import C
+from tests.conftest import INTERPRETING
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +21,15 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-BACKENDS = [f"cpu-{isa}" for isa in C.cpu.isas()] + ["reference"]
+BACKENDS = ["triton"] if INTERPRETING else [f"cpu-{isa}" for isa in C.cpu.isas()] + ["reference"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test once for each backend of the CPU, the C++ one with every instruction set this CPU has."""
+    """Runs the test once for each backend of the CPU, the C++ one with every instruction set this CPU has.
+
+    Under ``TRITON_INTERPRET=1`` it runs through Triton's kernels, and through them alone.
+    """
     name, _, isa = request.param.partition("-")
     monkeypatch.setenv("LEMUR_FAST_CPU", isa)
     with lf.use_backend(name):

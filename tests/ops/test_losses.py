@@ -237,7 +237,9 @@ def test_rows_restrict_the_loss(backend):
             loss.sum().backward()
             results.append((loss, hidden.grad, weight.grad, *(out[1] if isinstance(out, tuple) else ())))
         for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+            # On a GPU, rows that are left out change the shapes of the products, and with them their rounding.
+            tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend == "triton" else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(other, results[0], **tolerance)
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
