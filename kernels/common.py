@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -31,14 +32,31 @@ def _of_device(index: int) -> tuple[str, int]:
     return f"sm_{properties.major}0", properties.multi_processor_count
 
 
+_pretended = ("sm_80", 4)
+
+
+@contextlib.contextmanager
+def pretending(name: str, count: int) -> Iterator[None]:
+    """Lets CPU tensors count as those of a device of architecture `name` with `count` processors.
+
+    For what needs no device: the interpreter, and compiling ahead of time.
+    """
+    global _pretended
+    before, _pretended = _pretended, (name, count)
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def architecture(tensor: Tensor) -> str:
-    """The target that configs are kept for: ``sm_80``, ``sm_90``, ``gfx942``, ...; ``sm_80`` in the interpreter."""
-    return _of_device(tensor.device.index)[0] if tensor.is_cuda else "sm_80"
+    """The target that configs are kept for: ``sm_80``, ``sm_90``, ``gfx942``, ..."""
+    return _of_device(tensor.device.index)[0] if tensor.is_cuda else _pretended[0]
 
 
 def processors(tensor: Tensor) -> int:
-    """Streaming multiprocessors of the tensor's device; 4 in the interpreter."""
-    return _of_device(tensor.device.index)[1] if tensor.is_cuda else 4
+    """Streaming multiprocessors (AMD: compute units) of the tensor's device."""
+    return _of_device(tensor.device.index)[1] if tensor.is_cuda else _pretended[1]
 
 
 def next_power_of_2(n: int) -> int:
