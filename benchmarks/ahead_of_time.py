@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that are not there, exactly as a launch on them would, and reads the machine code."""
+"""Compiles Triton kernels for GPUs that are not there, as a launch on them would, and reads the machine code."""
 
 from __future__ import annotations
 
@@ -163,7 +163,13 @@ def resources(compiled: Any) -> Resources:
         widths = [int(m[1]) if (m := re.search(r"\.(64|128|256)\b", name)) else 32 for name in loads]
         spills = 4 * (counted["STL"] + counted["LDL"])
         return Resources(
-            int(found[1]), int(found[2]), spills, compiled.metadata.shared, threads, dict(counted), max(widths, default=0)
+            int(found[1]),
+            int(found[2]),
+            spills,
+            compiled.metadata.shared,
+            threads,
+            dict(counted),
+            max(widths, default=0),
         )
     code = compiled.asm["amdgcn"]
 

@@ -48,13 +48,13 @@ class Tiles(NamedTuple):
 # (`python -m benchmarks.gpu_static` shows it). Others take those of sm_80.
 TILES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
-        64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 64, 8, 3)),
+        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
         256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     "sm_90": {
-        64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2)),
+        64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 2)),
         256: Tiles(Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
 }
@@ -282,14 +282,10 @@ def delta_kernel(
 
 
 @triton.jit
-def _statistics(lse, delta, at, query, queries, MASKED: tl.constexpr):
+def _statistics(lse, delta, at, query, queries):
     """lse in base 2, +inf where a query sees nothing or is none, so that its probabilities are 0; and delta."""
-    if MASKED:
-        natural = tl.load(lse + at + query, mask=query < queries, other=-float("inf"))
-        d = tl.load(delta + at + query, mask=query < queries, other=0.0)
-    else:
-        natural = tl.load(lse + at + query)
-        d = tl.load(delta + at + query)
+    natural = tl.load(lse + at + query, mask=query < queries, other=-float("inf"))
+    d = tl.load(delta + at + query, mask=query < queries, other=0.0)
     return tl.where(natural == -float("inf"), float("inf"), natural * LOG2E), d
 
 
@@ -299,18 +295,21 @@ def _gather_dkdv(
     window, scale, softcap, d, begin, end, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Walks the query blocks of [begin, end). Scores are transposed, so that p and ds are left operands."""
+    """Walks the query blocks of [begin, end). Scores are transposed, so that p and ds are left operands.
+
+    Queries past the end need no mask: their lse makes their probabilities 0.
+    """
     for first in range(begin, end, BLOCK):
         query = first + tl.arange(0, BLOCK)
-        q_block = _load_rows(q, q_start, query, queries, q_stride, d, MASKED, D, WIDTH)
+        q_block = _load_rows(q, q_start, query, queries, q_stride, d, True, D, WIDTH)
         s, slope = _exponent(
             tl.dot(keys_block, tl.trans(q_block), input_precision="ieee"), scale, softcap, SOFTCAP
         )  # fmt: skip
-        row_lse, row_delta = _statistics(lse, delta, q_start, query, queries, MASKED)
+        row_lse, row_delta = _statistics(lse, delta, q_start, query, queries)
         p = tl.math.exp2(s - row_lse[None, :])
         if MASKED:
             p = tl.where(_seen(query[None, :], key[:, None], offset, keys, window, CAUSAL, WINDOW), p, 0.0)
-        dout_block = _load_rows(dout, q_start, query, queries, dout_stride, d, MASKED, D, WIDTH)
+        dout_block = _load_rows(dout, q_start, query, queries, dout_stride, d, True, D, WIDTH)
         dv = tl.dot(p.to(dout_block.dtype), dout_block, dv, input_precision="ieee")
         dp = tl.dot(values_block, tl.trans(dout_block), input_precision="ieee")
         ds = p * (dp - row_delta[None, :])
@@ -340,21 +339,20 @@ def dkdv_kernel(
         acc_k = tl.zeros([OWN, WIDTH], tl.float32)
         acc_v = tl.zeros([OWN, WIDTH], tl.float32)
         offset = keys - queries
-        # Queries [begin, whole) and [rest, end) see some of the keys, those between see all.
+        # Queries [begin, whole) and [rest, end) see some of the keys, those between see all. All but the end are
+        # multiples of BLOCK.
         begin = 0
         whole = 0
-        rest = queries // BLOCK * BLOCK
+        rest = queries
         end = queries
         if CAUSAL:
             begin = tl.maximum(0, first - offset) // BLOCK * BLOCK
             last = tl.minimum(first + OWN, keys) - 1
-            whole = tl.maximum(0, last - offset + BLOCK - 1) // BLOCK * BLOCK
+            whole = tl.maximum(begin, tl.maximum(0, last - offset + BLOCK - 1) // BLOCK * BLOCK)
             if WINDOW:
                 end = tl.maximum(begin, tl.minimum(queries, last + window - offset))
-                rest = tl.minimum(rest, tl.maximum(0, first + window - offset) // BLOCK * BLOCK)
-            whole = tl.maximum(begin, whole)
-            rest = tl.maximum(rest, begin)
-            whole = tl.minimum(whole, rest)
+                rest = tl.maximum(begin, tl.minimum(end, tl.maximum(0, first + window - offset)) // BLOCK * BLOCK)
+                whole = tl.minimum(whole, rest)
         for member in range(0, GROUP):
             head = kv_head * GROUP + member
             q_rows = q + head * q_head
@@ -372,11 +370,12 @@ def dkdv_kernel(
                 dout_token, queries, keys, key, offset, window, scale, softcap, d, whole, rest, False, CAUSAL, WINDOW,
                 SOFTCAP, D, WIDTH, BLOCK,
             )  # fmt: skip
-            acc_k, acc_v = _gather_dkdv(
-                acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
-                dout_token, queries, keys, key, offset, window, scale, softcap, d, rest, end, True, CAUSAL, WINDOW,
-                SOFTCAP, D, WIDTH, BLOCK,
-            )  # fmt: skip
+            if WINDOW:
+                acc_k, acc_v = _gather_dkdv(
+                    acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
+                    dout_token, queries, keys, key, offset, window, scale, softcap, d, rest, end, True, CAUSAL, WINDOW,
+                    SOFTCAP, D, WIDTH, BLOCK,
+                )  # fmt: skip
         at = ((k_start + key) * HEADS + kv_head)[:, None] * D + d[None, :]
         mask = (key < keys)[:, None] & (d < D)[None, :]
         tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=mask)
@@ -426,7 +425,7 @@ def dq_kernel(
         queries_block = _load_rows(q + head * q_head, q_start, query, queries, q_token, d, True, D, WIDTH)
         dout_block = _load_rows(dout + head * dout_head, q_start, query, queries, dout_token, d, True, D, WIDTH)
         at = head * query_tokens
-        row_lse, row_delta = _statistics(lse + at, delta + at, q_start, query, queries, True)
+        row_lse, row_delta = _statistics(lse + at, delta + at, q_start, query, queries)
         acc = tl.zeros([OWN, WIDTH], tl.float32)
         k_rows = k + head // GROUP * k_head
         v_rows = v + head // GROUP * v_head

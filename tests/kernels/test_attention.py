@@ -1,0 +1,97 @@
+"""The attention kernels with the tiles that are shipped, and with boundaries that no caller should pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lemur_fast.kernels import attention, common
+from tests import interpreter
+from tests.criterion import assert_as_good
+from tests.dense import bounds, dense
+
+PLAIN = attention.Options(causal=True, window=0, softcap=0.0, scale=0.25)
+
+
+def case(cu_q, cu_k, head_dim, dtype, heads=2, kv_heads=1, tail=3):
+    queries, keys = int(cu_q[-1]) + tail, int(cu_k[-1]) + tail
+    # Rows and heads further apart than they are long, as in a fused projection.
+    q = torch.randn(queries, heads, head_dim + 8).to(dtype)[..., :head_dim]
+    k, v = (torch.randn(keys, kv_heads, head_dim + 8).to(dtype)[..., :head_dim] for _ in range(2))
+    return q, k, v, torch.randn(queries, heads, head_dim).to(dtype)
+
+
+def check(cu_q, cu_k, options, tensors, floor):
+    q, k, v, dout = tensors
+    out, lse = attention.forward(q, k, v, cu_q, cu_k, options)
+    got = (out, lse, *attention.backward(dout, None, q, k, v, out, lse, cu_q, cu_k, options))
+    asked = {"causal": options.causal, "scale": options.scale}
+    asked |= {"window": options.window or None, "softcap": options.softcap or None}
+
+    def formula(*inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        exact, exact_lse = dense(*leaves, cu_q, cu_k, **asked)
+        # The backward takes rowsum(dout * out) from the out that was rounded; see tests/csrc/test_attention.py.
+        off = ((inputs[4].to(exact.dtype) - exact.detach()) * inputs[3]).sum(-1).T
+        grads = torch.autograd.grad((exact, exact_lse), leaves, (inputs[3], -off.to(exact_lse.dtype)))
+        return exact.detach(), exact_lse.detach(), *grads
+
+    stock = formula(q, k, v, dout, out)
+    exact = formula(*(x.double() for x in (q, k, v, dout, out)))
+    for name, ours, peer, want in zip(("out", "lse", "dq", "dk", "dv"), got, stock, exact, strict=True):
+        assert_as_good(name, ours, peer, want, floor=floor)
+
+
+@pytest.mark.parametrize("architecture", attention.TILES)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_shipped_tiles(architecture, head_dim):
+    """Documents shorter than a tile, longer than several, none; more keys than queries and fewer."""
+    cu_q, cu_k = bounds(5, 0, 300, 30, 20), bounds(5, 7, 300, 150, 9)
+    with common.pretending(architecture, 4):
+        check(cu_q, cu_k, PLAIN, case(cu_q, cu_k, head_dim, torch.bfloat16), floor=2**-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        PLAIN,
+        PLAIN._replace(causal=False),
+        PLAIN._replace(window=1),
+        PLAIN._replace(window=70),
+        PLAIN._replace(window=200, softcap=3.0),
+        PLAIN._replace(causal=False, softcap=3.0, scale=0.7),
+    ],
+    ids=str,
+)
+def test_options(dtype, options):
+    cu_q, cu_k = bounds(1, 200, 30, 40), bounds(1, 200, 100, 9)
+    check(cu_q, cu_k, options, case(cu_q, cu_k, 32, dtype), floor=2**-11 if dtype == torch.float16 else 2**-18)
+
+
+def test_groups_and_very_many_documents():
+    cu = bounds(*torch.arange(130).remainder(5).tolist())
+    check(cu, cu, PLAIN, case(cu, cu, 16, torch.float32, heads=6, kv_heads=2), floor=2**-18)
+
+
+@pytest.mark.parametrize("wrong", [[0, 50, 20, 60], [0, 20, 40, 90], [-5, 20, 40, 60], [0, 2**31 - 1, 40, 60]])
+def test_boundaries_that_lie_stay_within_the_tensors(wrong, monkeypatch):
+    """The interpreter faults on an access outside; results mean nothing, and documents may overlap."""
+    monkeypatch.setattr(interpreter, "watch_races", False)
+    cu = torch.tensor(wrong, dtype=torch.int32)
+    q, k, v, dout = case(bounds(57), bounds(57), 16, torch.float32)
+    out, lse = attention.forward(q, k, v, cu, cu, PLAIN)
+    attention.backward(dout, None, q, k, v, out, lse, cu, cu, PLAIN)
+
+
+def test_padding_of_boundaries_changes_nothing():
+    cu = bounds(30, 20)
+    q, k, v, dout = case(cu, cu, 16, torch.float32, tail=0)
+    padded = torch.cat([cu, cu[-1:].expand(5)])
+    out, lse = attention.forward(q, k, v, cu, cu, PLAIN)
+    same, same_lse = attention.forward(q, k, v, padded, padded, PLAIN)
+    assert torch.equal(out, same)
+    assert torch.equal(lse, same_lse)
+    grads = attention.backward(dout, None, q, k, v, out, lse, cu, cu, PLAIN)
+    again = attention.backward(dout, None, q, k, v, out, lse, padded, padded, PLAIN)
+    assert all(map(torch.equal, grads, again))
