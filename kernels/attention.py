@@ -145,8 +145,12 @@ def _exponent(product, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in base 2, and the derivative of the softcap."""
     if SOFTCAP:
         t = tanh(product * (scale / softcap))
-        return t * (softcap * LOG2E), 1.0 - t * t
-    return product * (scale * LOG2E), 1.0
+        exponent = t * (softcap * LOG2E)
+        slope = 1.0 - t * t
+    else:
+        exponent = product * (scale * LOG2E)
+        slope = 1.0
+    return exponent, slope
 
 
 @triton.jit
