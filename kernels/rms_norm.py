@@ -25,7 +25,11 @@ def tile(cols: int, widest: int) -> dict[str, int | bool]:
     """Rows and columns of a program's tile, and its warps: 16 elements a thread, two loads of 16 bytes in 16 bits."""
     block = min(next_power_of_2(cols), widest)
     rows = max(1, 1024 // block)
-    return {"ROWS": rows, "BLOCK": block, "WHOLE": cols <= block, "num_warps": min(16, max(1, rows * block // 512))}
+    warps = min(16, max(1, rows * block // 512))
+    # Without fused multiply-adds: where a thread has one element of a sum of products, the compiler would fuse its
+    # product with the neighbour's, which differs in the last bit from the neighbour's with its own. The lanes of a warp
+    # would then write different sums to one place.
+    return {"ROWS": rows, "BLOCK": block, "WHOLE": cols <= block, "num_warps": warps, "enable_fp_fusion": False}
 
 
 @triton.jit

@@ -20,6 +20,9 @@ if INTERPRETING:
 
     mend()
 
+slow_compiled = () if INTERPRETING else pytest.mark.slow
+"""Marks a test of kernels that is quick in the interpreter, and slow where it compiles and executes machine code."""
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

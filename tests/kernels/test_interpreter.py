@@ -7,7 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.conftest import INTERPRETING
 from tests.interpreter import Fault
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="tests the interpreter: needs TRITON_INTERPRET=1")
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.ptxsim.faults import Fault, Unsupported
 from tests.ptxsim.instructions import Mask, Operands, Run, instruction
-from tests.ptxsim.numbers import F32, U32, bf16_to_f32
+from tests.ptxsim.numbers import F32, U16, U32, bf16_to_f32
 from tests.ptxsim.program import Vector
 
 WARPGROUP = 128
@@ -27,6 +27,17 @@ def _whole_warps(cta, mask: Mask, what: str) -> np.ndarray:
     return np.flatnonzero(lanes.all(axis=1))
 
 
+def _whole_cta(cta, mask: Mask, what: str) -> None:
+    """Faults where part of a warpgroup takes part; that some warpgroups do and others not is not followed."""
+    if cta.threads % WARPGROUP:
+        raise Fault(f"{what} in a CTA that is no whole number of warpgroups")
+    if mask is not None:
+        lanes = mask.reshape(-1, WARPGROUP)
+        if (lanes.any(axis=1) != lanes.all(axis=1)).any():
+            raise Fault(f"{what} by part of a warpgroup")
+        raise Unsupported(f"{what} by some of the warpgroups")
+
+
 def _low_high(bits: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The two 16-bit numbers of each register, in float32."""
     if kind == "bf16":
@@ -37,7 +48,7 @@ def _low_high(bits: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 @instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<n>1|2|4)(?P<trans>\.trans)?\.shared(?:::cta)?\.b16")
 def _load_matrices(m: re.Match, o: Operands) -> Run:
-    """8 x 8 matrices of 16-bit numbers: lane 8 k + r names row r of matrix k, lane 4 r + c gets numbers 2 c, 2 c + 1."""
+    """8 x 8 matrices of 16 bits: lane 8 k + r names row r of matrix k, lane 4 r + c gets numbers 2 c and 2 c + 1."""
     o.expect(2)
     count = int(m["n"])
     puts, address = [o.write(name, "b32") for name in o.elements(0, count)], o.address(1)
@@ -54,6 +65,28 @@ def _load_matrices(m: re.Match, o: Operands) -> Run:
             else:
                 words = cta.shared_memory.words[4][of_matrix // 4 + np.arange(4)]
             put(cta, words.reshape(-1), mask)
+
+    return run
+
+
+@instruction(r"stmatrix\.sync\.aligned\.m8n8\.x(?P<n>1|2|4)(?P<trans>\.trans)?\.shared(?:::cta)?\.b16")
+def _store_matrices(m: re.Match, o: Operands) -> Run:
+    """The reverse of ldmatrix: lane 8 k + r names row r of matrix k, lane 4 r + c has its numbers 2 c and 2 c + 1."""
+    o.expect(2)
+    count = int(m["n"])
+    reads, address = [o.read(name, "b32") for name in o.elements(1, count)], o.address(0)
+
+    def run(cta, mask: Mask) -> None:
+        _whole_warps(cta, mask, "stmatrix")
+        naming = cta.lane < 8 * count if mask is None else mask & (cta.lane < 8 * count)
+        rows = np.zeros((cta.threads // 32, 32, 8), U16)  # [warp, lane that names the row, number]
+        for k, read in enumerate(reads):
+            words = np.broadcast_to(read(cta), cta.threads).reshape(-1, 8, 4)
+            numbers = np.ascontiguousarray(words).view(U16).reshape(-1, 8, 8)
+            rows[:, 8 * k : 8 * k + 8] = numbers.transpose(0, 2, 1) if m["trans"] else numbers
+        # A row comes from four lanes. What another warp must wait for is the same, whichever lane it is laid to.
+        values = list(np.ascontiguousarray(rows.reshape(-1, 8)).view("u8").T)
+        cta.shared_memory.store(address(cta), 16, naming, cta.thread, values)
 
     return run
 
@@ -84,8 +117,10 @@ def _multiply(m: re.Match, o: Operands) -> Run:
             right[:, :, :, k, 1] = high.reshape(warps, 8, 4)
         product = left.reshape(warps, 16, 16) @ right.reshape(warps, 8, 16).transpose(0, 2, 1)
         product = product.reshape(warps, 2, 8, 4, 2)  # [warp, upper rows, g, t, second of a pair]
-        for k, (put, read) in enumerate(zip(puts, c, strict=True)):
-            put(cta, product[:, k // 2, :, :, k % 2].reshape(-1) + read(cta), mask)
+        # All of C is read before any of D is written: they may share registers, in any order.
+        sums = [product[:, k // 2, :, :, k % 2].reshape(-1) + read(cta) for k, read in enumerate(c)]
+        for put, value in zip(puts, sums, strict=True):
+            put(cta, value, mask)
 
     return run
 
@@ -101,17 +136,21 @@ def operand_offsets(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
         rows: 64 for A, N for B.
         transposed: whether rows, and not k, are the direction in which elements are contiguous.
 
-    Source: PTX ISA 8.8, 9.7.15.5.1, "Shared memory matrix layout"; the swizzles xor the 16-byte part of an address
-    with the bits from the seventh on, as many as the mode has.
+    Source: PTX ISA 8.8, 9.7.15.5.1, "Shared memory matrix layout", table of canonical layouts; the swizzles xor the
+    16-byte part of an address with the bits from the seventh on, as many as the mode has. With no swizzle the stride
+    leads to the next 8 rows and the leading offset to the next 8 of k, whichever is contiguous; with a swizzle and rows
+    contiguous it is the other way round.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
         raise Unsupported("wgmma: a matrix descriptor with a base offset")
+    if descriptor & ~(3 << 62 | 0x3FFF << 32 | 0x3FFF << 16 | 0x3FFF):
+        raise Unsupported(f"wgmma: the matrix descriptor {descriptor:#x} has bits that are no field's")
     span, bits = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}[descriptor >> 62]
     r, k = np.arange(rows)[:, None], np.arange(16)[None, :]
     if span == 16:  # no swizzle: core matrices of 8 x 16 bytes
         if transposed:
-            at = start + (r // 8) * leading + (k // 8) * stride + (k % 8) * 16 + (r % 8) * 2
+            at = start + (r // 8) * stride + (k // 8) * leading + (k % 8) * 16 + (r % 8) * 2
         else:
             at = start + (r // 8) * stride + (k // 8) * leading + (r % 8) * 16 + (k % 8) * 2
     elif transposed:
@@ -157,11 +196,9 @@ def _warpgroup_multiply(m: re.Match, o: Operands) -> Run:
         return bf16_to_f32(bits) if kind == "bf16" else bits.view(np.float16).astype(F32)
 
     def run(cta, mask: Mask) -> None:
-        if cta.threads % WARPGROUP:
-            raise Fault("wgmma in a CTA that is no whole number of warpgroups")
-        if mask is not None:
-            raise Fault("wgmma that not all threads of the CTA execute")
+        _whole_cta(cta, mask, "wgmma")
         cta.products.check_fenced({*accumulators, *a_registers})
+        cta.products.check_taken(accumulators, a_registers)
         groups = cta.threads // WARPGROUP
         grains: list[np.ndarray] = []
         result = np.empty((cta.threads, len(puts)), F32)
@@ -202,7 +239,7 @@ def _warpgroup_fence(m: re.Match, o: Operands) -> Run:
     o.expect(0)
 
     def run(cta, mask: Mask) -> None:
-        _whole_warps(cta, mask, "wgmma.fence")
+        _whole_cta(cta, mask, "wgmma.fence")
         cta.products.fence()
 
     return run
@@ -213,7 +250,7 @@ def _warpgroup_commit(m: re.Match, o: Operands) -> Run:
     o.expect(0)
 
     def run(cta, mask: Mask) -> None:
-        _whole_warps(cta, mask, "wgmma.commit_group")
+        _whole_cta(cta, mask, "wgmma.commit_group")
         cta.products.commit()
 
     return run
@@ -225,7 +262,7 @@ def _warpgroup_wait(m: re.Match, o: Operands) -> Run:
     pending = o.immediate(0)
 
     def run(cta, mask: Mask) -> None:
-        _whole_warps(cta, mask, "wgmma.wait_group")
+        _whole_cta(cta, mask, "wgmma.wait_group")
         for grains in cta.products.wait(pending):
             cta.shared_memory.release(grains)
 
@@ -259,6 +296,20 @@ class Products:
             raise Fault("wgmma with no wgmma.fence before it")
         if any(not registers.isdisjoint(self.writes[at]) for at in self.since_fence):
             raise Fault("wgmma takes registers that were written since the last wgmma.fence")
+
+    def check_taken(self, accumulators: list[int], inputs: list[int]) -> None:
+        """Faults where a wgmma takes what another has not finished with.
+
+        Accumulators alone may be handed on, and only from one product to the next of the same shape.
+        """
+        if not self.accumulators.isdisjoint(inputs):
+            raise Fault("wgmma reads A from an accumulator of a wgmma that has not been waited for")
+        if not self.inputs.isdisjoint(accumulators):
+            raise Fault("wgmma accumulates in an A register of a wgmma that has not been waited for")
+        if not self.accumulators.isdisjoint(accumulators):
+            left = [product for group in [*self.groups, self.open] for product in group]
+            if any(other != accumulators and not set(other).isdisjoint(accumulators) for other, _, _ in left):
+                raise Fault("wgmma shares some accumulators with one of another shape that has not been waited for")
 
     def issue(self, accumulators: list[int], inputs: list[int], grains: list[np.ndarray]) -> None:
         """A wgmma begins."""
