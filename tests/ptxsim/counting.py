@@ -22,6 +22,7 @@ class Requests:
         requests: instructions, each counted for every warp that takes part.
         bytes: asked for by all lanes together.
         unique_bytes: bytes, each counted once a request.
+        wide_bytes: of these, in accesses of 16 bytes.
         units: global memory: 32-byte sectors; shared memory: passes over the banks.
         fewest_units: the least that so many unique bytes could take.
     """
@@ -29,6 +30,7 @@ class Requests:
     requests: int = 0
     bytes: int = 0
     unique_bytes: int = 0
+    wide_bytes: int = 0
     units: int = 0
     fewest_units: int = 0
 
@@ -58,6 +60,8 @@ class Counts:
         shared_stores: to shared memory, cp.async included.
         loaded: bytes of the distinct sectors that each CTA loads, summed over CTAs, by argument.
         stored: the same of stores.
+        distinct: bytes of the sectors that any CTA loads, and of those that any stores, each sector counted once.
+        operand_bytes: that wgmma reads from shared memory.
     """
 
     ctas: int = 0
@@ -70,6 +74,8 @@ class Counts:
     shared_stores: Requests = field(default_factory=Requests)
     loaded: Counter[str] = field(default_factory=Counter)
     stored: Counter[str] = field(default_factory=Counter)
+    distinct: int = 0
+    operand_bytes: int = 0
 
     @property
     def traffic(self) -> int:
@@ -98,6 +104,7 @@ def count_global(into: Requests, offsets: np.ndarray, width: int, active: np.nda
     into.requests += int(np.count_nonzero(bytes_of_warp))
     into.bytes += lanes * width
     into.unique_bytes += int(bytes_of_warp.sum())
+    into.wide_bytes += int(bytes_of_warp.sum()) if width >= 16 else 0
     into.units += int(sectors.sum())
     into.fewest_units += int((-(-bytes_of_warp // SECTOR)).sum())
 
@@ -125,6 +132,7 @@ def count_shared(into: Requests, offsets: np.ndarray, width: int, active: np.nda
     distinct = np.count_nonzero(first, axis=1)
     into.requests += requests
     into.bytes += asked * width
-    into.unique_bytes += int(distinct.sum()) * min(width, 4)
+    of_warp = np.sort((offsets if active is None else np.where(active, offsets, -1)).reshape(-1, 32), axis=1)
+    into.unique_bytes += int(np.count_nonzero(_distinct(of_warp))) * width
     into.units += int(passes.sum())
     into.fewest_units += int((-(-distinct // BANKS)).sum())

@@ -125,11 +125,12 @@ class Operands:
         if text in self.program.shared:
             address = dtype.type(self.program.shared[text])
             return lambda cta: address
-        constant = self._number(text, dtype)
+        constant = self._number(text, kind)
         return lambda cta: constant
 
-    def _number(self, text: str, dtype: np.dtype) -> np.generic:
-        if dtype == bool:
+    def _number(self, text: str, kind: str) -> np.generic:
+        dtype = DTYPES[kind]
+        if kind == "pred":
             return np.bool_(self.immediate(text) != 0)
         if m := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
             value = np.array([int(m[1], 16)], np.uint32)
@@ -155,9 +156,12 @@ class Operands:
         dtype = DTYPES[kind]
         bits = 1 if kind == "pred" else dtype.itemsize * 8
         index = self.register(text, bits, wider=extend)
+        if text not in self.program.registers:
+            raise Unsupported(f"`{self.statement.text}` writes to {text}")
         self.writes.add(index)
         width = self.program.registers[text]
-        # A signed value is extended by its sign, anything else by zeros.
+        # A signed value is extended by its sign, the bits of anything else by zeros.
+        unsigned = np.dtype(f"u{dtype.itemsize}")
         full = dtype if width == bits else np.dtype(f"{'i' if dtype.kind == 'i' else 'u'}{width // 8}")
         storage = full if kind == "pred" else np.dtype(f"u{full.itemsize}")
 
@@ -165,7 +169,7 @@ class Operands:
             if value.dtype != dtype:
                 raise AssertionError(f"{value.dtype} for {dtype} in `{self.statement.text}`")
             if full is not dtype:
-                value = value.astype(full)
+                value = (value.view(unsigned) if dtype.kind == "f" else value).astype(full)
             if value.ndim == 0:
                 value = np.full(cta.threads, value)
             value = value.view(storage)

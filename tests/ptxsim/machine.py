@@ -145,10 +145,11 @@ class Kernel:
         sizes = (threads,) if isinstance(threads, int) else tuple(threads)
         block = (*sizes, *(1,) * (3 - len(sizes)))
         shape = (*grid, *(1,) * (3 - len(grid)))
-        if np.prod(block) % 32 or np.prod(block) == 0:
-            raise ValueError(f"threads: got {sizes}; takes a multiple of 32")
-        if self.program.threads is not None and int(np.prod(self.program.threads)) != int(np.prod(block)):
-            raise ValueError(f"threads: got {sizes}; the program requires {self.program.threads}")
+        if np.prod(block) % 32 or not 0 < np.prod(block) <= 1024:
+            raise ValueError(f"threads: got {sizes}; takes a multiple of 32 up to 1024")
+        required = self.program.threads
+        if required is not None and (*required, *(1,) * (3 - len(required))) != block:
+            raise ValueError(f"threads: got {sizes}; the program requires {required}")
         named = arguments if isinstance(arguments, Mapping) else {f"argument {i}": a for i, a in enumerate(arguments)}
         counts = Counts()
         memory = GlobalMemory(
@@ -232,7 +233,7 @@ class Cta:
 
     def poison(self, dtype: np.dtype) -> np.ndarray:
         """What stands in lanes of a register that were never written."""
-        if dtype == bool:
+        if dtype.kind == "b":
             return np.ones(self.threads, bool)
         return np.full(self.threads, int("EE" * dtype.itemsize, 16), dtype)
 
@@ -309,6 +310,10 @@ class Cta:
                 if together and not active.any():
                     i += 1
                     continue
+                if ins.statement.opcode == "bra.uni" and active is not None:
+                    taken, there = active.reshape(-1, 32), (alive if mask is None else mask).reshape(-1, 32)
+                    if (taken.any(axis=1) & (there & ~taken).any(axis=1)).any():
+                        raise Fault("bra.uni that only some threads of a warp take")
                 here = slice(None) if mask is None else mask
                 places[here] = i + 1
                 places[active if active is not None else here] = ins.target
@@ -323,7 +328,14 @@ class Cta:
                 together = False
                 continue
             if active is not None and ins.guard is not None:
-                raise Fault("a barrier that a predicate keeps some threads from")
+                if not active.any():  # nobody comes
+                    if together:
+                        i += 1
+                    else:
+                        places[mask] = i + 1
+                    continue
+                if mask is None or (mask & ~active).any():
+                    raise Fault("a barrier that a predicate keeps some threads from")
             if together:
                 self._barrier()
                 i += 1

@@ -84,9 +84,8 @@ def _store_matrices(m: re.Match, o: Operands) -> Run:
             words = np.broadcast_to(read(cta), cta.threads).reshape(-1, 8, 4)
             numbers = np.ascontiguousarray(words).view(U16).reshape(-1, 8, 8)
             rows[:, 8 * k : 8 * k + 8] = numbers.transpose(0, 2, 1) if m["trans"] else numbers
-        # A row comes from four lanes. What another warp must wait for is the same, whichever lane it is laid to.
         values = list(np.ascontiguousarray(rows.reshape(-1, 8)).view("u8").T)
-        cta.shared_memory.store(address(cta), 16, naming, cta.thread, values)
+        cta.shared_memory.store_matrix_rows(address(cta), naming, cta.thread, values)
 
     return run
 

@@ -17,8 +17,11 @@ from tests.ptxsim.faults import Fault
 BASE = 1 << 40
 """Address at which global memory begins."""
 
-RED_ZONE = 256
-"""Bytes between arrays that belong to none."""
+RED_ZONE = 1 << 15
+"""Bytes between arrays that belong to none: more than a tile's row runs past an end."""
+
+ALIGNED = 256
+"""Arrays are as aligned as they were, up to so many bytes."""
 
 _MANY = (1 << 20) - 1
 
@@ -88,6 +91,10 @@ class Watch:
         self.stored[grains] = self.epoch + thread
         return races
 
+    def store_by_many(self, grains: np.ndarray, thread: np.ndarray) -> None:
+        """Lays stores, which have been noted, to several lanes of the warp of `thread`."""
+        self.stored[grains] = self.epoch + self.threads + self.warps + thread // 32
+
     def load_by_many(self, grains: np.ndarray, thread: np.ndarray | None) -> np.ndarray:
         """Notes loads for others: by all lanes of the warp of `thread`, or by several warps where that is None.
 
@@ -140,7 +147,7 @@ class GlobalMemory:
                 merged.append([start, end, [name], 0])
         size = RED_ZONE
         for piece in merged:
-            piece[3] = size + (piece[0] - size) % RED_ZONE  # as aligned as it was
+            piece[3] = size + (piece[0] - size) % ALIGNED
             size = piece[3] + (piece[1] - piece[0]) + RED_ZONE
         self.bytes = np.full(-(-size // SECTOR) * SECTOR, 0xEE, np.uint8)
         self.words = {width: self.bytes.view(f"u{width}") for width in (1, 2, 4, 8)}
@@ -161,11 +168,14 @@ class GlobalMemory:
         self.valid = inside.reshape(-1, grain).all(axis=1)
         self.watch = Watch(len(self.valid))
         self.stored_by = np.full(len(self.valid), -1, np.int32)
-        self.loaded_by = np.full(len(self.valid), -1, np.int32)
+        self.loaded_by = np.full(len(self.valid), -1, np.int32)  # -2 for several CTAs
+        self.added_to = np.zeros(len(self.valid), bool)
+        self.constant = np.zeros(len(self.valid), bool)
         self.touched = {
             "load": np.zeros(self.bytes.size // SECTOR, bool),
             "store": np.zeros(self.bytes.size // SECTOR, bool),
         }
+        self.ever = {kind: np.zeros(self.bytes.size // SECTOR, bool) for kind in self.touched}
         self.cta = 0
 
     def begin(self, cta: int, threads: int) -> None:
@@ -178,6 +188,8 @@ class GlobalMemory:
         for kind, into in (("load", self.counts.loaded), ("store", self.counts.stored)):
             sectors = np.flatnonzero(self.touched[kind])
             if len(sectors):
+                self.counts.distinct += int(np.count_nonzero(~self.ever[kind][sectors])) * SECTOR
+                self.ever[kind][sectors] = True
                 for start, end, name in self.pieces:
                     low, high = np.searchsorted(sectors, (start // SECTOR, -(-end // SECTOR)))
                     if high > low:
@@ -189,6 +201,13 @@ class GlobalMemory:
         for name, array in self.arrays.items():
             if array.flags.writeable:
                 array[...] = self._views[name]
+
+    def _place(self, grains: np.ndarray, threads: np.ndarray, races: np.ndarray) -> str:
+        """Where the first of several accesses went, for messages."""
+        first = int(np.flatnonzero(races)[0])
+        offset = int(grains[first]) * self.grain
+        start, _, name = next(p for p in self.pieces if p[0] - self.grain < offset < p[1])
+        return f"byte {offset - start} of `{name}`, thread {int(threads[first])}"
 
     def _describe(self, offset: int) -> str:
         near = min(self.pieces, key=lambda p: max(p[0] - offset, offset - p[1] + 1, 0), default=None)
@@ -229,6 +248,20 @@ class GlobalMemory:
         self._touch("load", offsets, width, mask, thread)
         return offsets
 
+    def load_constant(
+        self, addresses: np.ndarray, width: int, mask: np.ndarray | None, thread: np.ndarray
+    ) -> np.ndarray:
+        """The same, through a cache that does not see the launch's own stores (``.nc``)."""
+        offsets = self.load(addresses, width, mask, thread)
+        grains = _grains(offsets if mask is None else offsets[mask], width, self.grain)
+        who = np.broadcast_to((thread if mask is None else thread[mask])[:, None], grains.shape).ravel()
+        grains = grains.ravel()
+        self.constant[grains] = True
+        stored = self.stored_by[grains] != -1
+        if stored.any():
+            raise Fault(f"a load with .nc of what the launch stores: {self._place(grains, who, stored)}")
+        return offsets
+
     def store(
         self,
         addresses: np.ndarray,
@@ -250,8 +283,12 @@ class GlobalMemory:
         lanes = np.arange(len(offsets)) if mask is None else np.flatnonzero(mask)
         count_global(self.counts.stores, offsets, width, mask)
         grains = _grains(offsets[lanes], width, self.grain)
-        if (self.stored_by[grains] >= 0).any() or (self.loaded_by[grains] >= 0).any():
-            raise Fault("race: an atomic add where an ordinary load or store of the same launch goes, too")
+        who = np.broadcast_to(lanes[:, None], grains.shape).ravel()
+        ordinary = (self.stored_by[grains] != -1) | (self.loaded_by[grains] != -1)
+        if ordinary.any():
+            place = self._place(grains.ravel(), who, ordinary.ravel())
+            raise Fault(f"race: an atomic add where an ordinary load or store of the same launch goes, too: {place}")
+        self.added_to[grains] = True
         self.touched["store"][offsets[lanes] // SECTOR] = True
         words = self.words[width].view(values.dtype)
         before = np.zeros_like(values)
@@ -268,20 +305,25 @@ class GlobalMemory:
         grains = _grains(offsets, width, self.grain)
         who = np.broadcast_to(thread[:, None], grains.shape).ravel()
         grains = grains.ravel()
+
+        def check(races: np.ndarray, what: str) -> None:
+            if races.any():
+                raise Fault(f"race: a global {kind} {what}: {self._place(grains, who, races)}")
+
+        check(self.added_to[grains], "where an atomic add of the same launch goes, too")
         other = self.stored_by[grains]
-        if ((other >= 0) & (other != self.cta)).any():
-            raise Fault(f"race: a global {kind} where another CTA stores: {self._describe(int(offsets[0]))}")
+        check((other >= 0) & (other != self.cta), "where another CTA stores")
         if kind == "load":
-            if self.watch.load(grains, who).any():
-                raise Fault("race: a global load of what another thread of the CTA stored, with no barrier between")
+            races = self.watch.load(grains, who)
+            check(races, "of what another thread of the CTA stored, with no barrier between")
             before = self.loaded_by[grains]
             self.loaded_by[grains] = np.where((before == -1) | (before == self.cta), self.cta, -2)
             return
         other = self.loaded_by[grains]
-        if ((other != -1) & (other != self.cta)).any():
-            raise Fault(f"race: a global store where another CTA loads: {self._describe(int(offsets[0]))}")
-        if self.watch.store(grains, who).any():
-            raise Fault("race: a global store where another thread of the CTA loads or stores, with no barrier between")
+        check((other != -1) & (other != self.cta), "where another CTA loads")
+        check(self.constant[grains], "of what the launch loads with .nc")
+        races = self.watch.store(grains, who)
+        check(races, "where another thread of the CTA loads or stores, with no barrier between")
         self.stored_by[grains] = self.cta
 
 
@@ -293,12 +335,17 @@ def _write(
     if mask is not None:
         at = at[mask]
         values = [value[mask] for value in values]
+    _check_same(at, values, f"{where} store")
+    for k, value in enumerate(values):
+        words[width][at + k] = value
+
+
+def _check_same(at: np.ndarray, values: list[np.ndarray], what: str) -> None:
+    """Faults where lanes of one instruction write different values to one address."""
     order = np.argsort(at, kind="stable")
     twice = at[order][1:] == at[order][:-1]
-    for k, value in enumerate(values):
-        if twice.any() and (twice & (value[order][1:] != value[order][:-1])).any():
-            raise Fault(f"race: two threads of one {where} store write different values to one address")
-        words[width][at + k] = value
+    if twice.any() and any((twice & (value[order][1:] != value[order][:-1])).any() for value in values):
+        raise Fault(f"race: two threads of one {what} write different values to one address")
 
 
 class SharedMemory:
@@ -359,20 +406,27 @@ class SharedMemory:
         grains = _grains(offsets, width, self.grain)
         return grains.ravel(), np.broadcast_to(thread[:, None], grains.shape).ravel()
 
-    def _check_readable(self, grains: np.ndarray, what: str) -> None:
-        if self.in_flight[grains].any():
-            raise Fault(f"{what} of shared memory that cp.async has not been waited for")
-        if not self.written[grains].all():
-            raise Fault(f"{what} of shared memory that nobody has written")
+    def _check(self, bad: np.ndarray, grains: np.ndarray, who: np.ndarray | None, what: str) -> None:
+        """Faults, naming the first place that is bad."""
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            thread = "" if who is None else f", thread {int(who[first])}"
+            raise Fault(f"{what}: byte {int(grains[first]) * self.grain}{thread}")
+
+    def _check_readable(self, grains: np.ndarray, who: np.ndarray | None, what: str) -> None:
+        self._check(
+            self.in_flight[grains], grains, who, f"{what} of shared memory that cp.async has not been waited for"
+        )
+        self._check(~self.written[grains], grains, who, f"{what} of shared memory that nobody has written")
 
     def load(self, addresses: np.ndarray, width: int, mask: np.ndarray | None, thread: np.ndarray) -> np.ndarray:
         """Offsets of loads, which are noted and counted."""
         offsets = self.locate("load", addresses, width, mask)
         count_shared(self.counts.shared_loads, offsets, width, mask)
         grains, who = self._lanes(offsets, width, mask, thread)
-        self._check_readable(grains, "load")
-        if self.watch.load(grains, who).any():
-            raise Fault("race: a shared load of what another thread stored, with no barrier between")
+        self._check_readable(grains, who, "load")
+        races = self.watch.load(grains, who)
+        self._check(races, grains, who, "race: a shared load of what another thread stored, with no barrier between")
         return offsets
 
     def load_matrix_rows(self, addresses: np.ndarray, active: np.ndarray, thread: np.ndarray) -> np.ndarray:
@@ -381,19 +435,19 @@ class SharedMemory:
         offsets = self.locate("load", addresses, 16, mask)
         count_shared(self.counts.shared_loads, offsets, 16, mask)
         grains, who = self._lanes(offsets, 16, mask, thread)
-        self._check_readable(grains, "ldmatrix")
-        if self.watch.load_by_many(grains, who).any():
-            raise Fault("race: ldmatrix of what another thread stored, with no barrier between")
+        self._check_readable(grains, who, "ldmatrix")
+        races = self.watch.load_by_many(grains, who)
+        self._check(races, grains, who, "race: ldmatrix of what another thread stored, with no barrier between")
         return offsets
 
     def _claim(self, offsets: np.ndarray, width: int, mask: np.ndarray | None, thread: np.ndarray) -> np.ndarray:
         grains, who = self._lanes(offsets, width, mask, thread)
-        if self.in_flight[grains].any():
-            raise Fault("a store to shared memory that cp.async has not been waited for")
-        if self.operand[grains].any():
-            raise Fault("a store to an operand of a wgmma that has not been waited for")
-        if self.watch.store(grains, who).any():
-            raise Fault("race: a shared store where another thread loads or stores, with no barrier between")
+        what = "a store to shared memory that cp.async has not been waited for"
+        self._check(self.in_flight[grains], grains, who, what)
+        what = "a store to an operand of a wgmma that has not been waited for"
+        self._check(self.operand[grains] > 0, grains, who, what)
+        what = "race: a shared store where another thread loads or stores, with no barrier between"
+        self._check(self.watch.store(grains, who), grains, who, what)
         self.written[grains] = True
         return grains
 
@@ -413,6 +467,15 @@ class SharedMemory:
         self.unfenced[grains] = np.repeat(who, width // self.grain)
         _write(self.words, offsets, values, mask, "shared")
 
+    def store_matrix_rows(
+        self, addresses: np.ndarray, active: np.ndarray, thread: np.ndarray, values: list[np.ndarray]
+    ) -> None:
+        """Stores the 16-byte rows of stmatrix, each of which four lanes of the warp have a part of."""
+        mask = None if active.all() else active
+        self.store(addresses, 16, mask, thread, values)
+        grains, who = self._lanes(addresses.astype(np.int64), 16, mask, thread)
+        self.watch.store_by_many(grains, who)
+
     def copy_async(self, addresses: np.ndarray, data: np.ndarray, mask: np.ndarray | None, thread: np.ndarray) -> None:
         """Starts copies of the rows of `data` (uint8), one for each thread."""
         width = data.shape[1]
@@ -420,10 +483,8 @@ class SharedMemory:
         count_shared(self.counts.shared_stores, offsets, width, mask)
         grains = self._claim(offsets, width, mask, thread)
         self.in_flight[grains] = True
-        # cp.async (not bulk) writes through the generic proxy, as a store does; PTX ISA, "Async proxy", names the
-        # operations of the other one, and compilers fence it alike.
-        self.unfenced[grains] = np.repeat(thread if mask is None else thread[mask], width // self.grain)
         lanes = np.arange(len(offsets)) if mask is None else np.flatnonzero(mask)
+        _check_same(offsets[lanes], list(np.ascontiguousarray(data[lanes]).view(np.uint32).T), "cp.async")
         self.copies.append((thread[lanes], self.groups[thread[lanes]].copy(), offsets[lanes], data[lanes]))
 
     def commit(self, mask: np.ndarray | None) -> None:
@@ -443,6 +504,9 @@ class SharedMemory:
                 grains = _grains(at, data.shape[1], self.grain)
                 self.in_flight[grains] = False
                 self.watch.stored[grains] = self.watch.epoch + thread[done][:, None]
+                # cp.async (not bulk) writes through the generic proxy, as a store does; PTX ISA, "Async proxy", names
+                # the operations of the other one, and compilers fence it alike. A fence before the wait is too early.
+                self.unfenced[grains] = thread[done][:, None]
             if not done.all():
                 left.append((thread[~done], group[~done], offsets[~done], data[~done]))
         self.copies = left
@@ -452,12 +516,13 @@ class SharedMemory:
         if (offsets < 0).any() or (offsets + 2 > self.size).any():
             raise Fault("an operand of wgmma lies outside shared memory")
         grains = np.unique(offsets // self.grain)
-        self._check_readable(grains, "wgmma")
-        if self.watch.load_by_many(grains, None).any():
-            raise Fault("race: wgmma reads what a thread stored, with no barrier between")
-        if (self.unfenced[grains] >= 0).any():
-            raise Fault("wgmma reads what a thread stored, with no fence.proxy.async between")
+        self._check_readable(grains, None, "wgmma")
+        races = self.watch.load_by_many(grains, None)
+        self._check(races, grains, None, "race: wgmma reads what a thread stored, with no barrier between")
+        unfenced = self.unfenced[grains] >= 0
+        self._check(unfenced, grains, None, "wgmma reads what a thread stored, with no fence.proxy.async between")
         self.operand[grains] += 1
+        self.counts.operand_bytes += 2 * offsets.size
         return self.words[2][offsets // 2], grains
 
     def release(self, grains: np.ndarray) -> None:

@@ -15,7 +15,7 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
 
 def f32_to_bf16(x: np.ndarray) -> np.ndarray:
     """float32 to the bits of bfloat16 (uint16), to nearest, ties to even; NaN becomes 0x7FFF, as on a device."""
-    bits = np.ascontiguousarray(x, F32).view(U32)
+    bits = np.asarray(x, F32).view(U32)
     rounded = (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16)
     return np.where(np.isnan(x), U32(0x7FFF), rounded).astype(U16)
 
@@ -39,7 +39,10 @@ def approximate(exact: np.ndarray, argument: np.ndarray, bound: float) -> np.nda
     The device's own error is not documented beyond its bound, so a kernel must bear any: this one hangs on the bits of
     the argument.
     """
-    bits = np.ascontiguousarray(argument, F32).view(U32)
-    # A hash in [-1, 1]: Knuth's multiplicative one.
-    share = ((bits * U32(2654435761)) >> U32(16)).astype(F64) / 32767.5 - 1.0
-    return (exact * (1.0 + bound * share)).astype(F32)
+    return (exact * (1.0 + bound * share(argument))).astype(F32)
+
+
+def share(argument: np.ndarray) -> np.ndarray:
+    """A hash of a float32 in [-1, 1]: Knuth's multiplicative one."""
+    bits = np.asarray(argument, F32).view(U32)
+    return ((bits * U32(2654435761)) >> U32(16)).astype(F64) / 32767.5 - 1.0

@@ -94,6 +94,7 @@ class Program:
 class _Scope:
     """Names declared in braces; an inner one hides an outer one of the same name."""
 
+    number: int
     names: dict[str, str] = field(default_factory=dict)
 
 
@@ -162,10 +163,14 @@ def _parameter(text: str) -> Parameter:
 def _shared_symbols(module: str, body: str) -> tuple[dict[str, int], int]:
     """Static symbols one after the other, then the dynamic one."""
     offsets: dict[str, int] = {}
-    end, dynamic = 0, None
+    end, dynamic, most = 0, None, 128
     outside = module[: module.index(body)]
+    inner = 1
+    while inner:  # what other entries declare is theirs
+        outside, inner = re.subn(r"\{[^{}]*\}", "", outside)
     for m in _SHARED.finditer(outside + body):
         align, kind, name, count = m[1], m[2], m[3], m[4]
+        most = max(most, int(align or 0))
         if kind not in WIDTHS:
             raise Unsupported(f"shared symbol `{m[0]}`")
         if count == "":
@@ -176,7 +181,7 @@ def _shared_symbols(module: str, body: str) -> tuple[dict[str, int], int]:
         step = int(align or WIDTHS[kind] // 8)
         offsets[name] = -(-end // step) * step
         end = offsets[name] + int(count or 1) * WIDTHS[kind] // 8
-    end = -(-end // 128) * 128
+    end = -(-end // most) * most
     if dynamic is not None:
         offsets[dynamic] = end
     return offsets, end
@@ -191,7 +196,7 @@ class _Body:
         self.statements: list[Statement] = []
         self.labels: dict[str, int] = {}
         self.families: list[tuple[str, int]] = []  # `.reg .b32 %r<118>` declares %r0 to %r117
-        self.scopes = [_Scope()]
+        self.scopes = [_Scope(0)]
         self.opened = 0
         self.source = ""
 
@@ -222,7 +227,7 @@ class _Body:
             return m.end()
         if body[at] == "{":
             self.opened += 1
-            self.scopes.append(_Scope())
+            self.scopes.append(_Scope(self.opened))
             return at + 1
         if body[at] == "}":
             if len(self.scopes) == 1:
@@ -241,7 +246,7 @@ class _Body:
             if m := re.fullmatch(r"(%?[\w$]+)<(\d+)>", name):
                 self.registers |= {f"{m[1]}{i}": WIDTHS[kind] for i in range(int(m[2]))}
             elif re.fullmatch(r"%?[\w$]+", name):
-                unique = name if len(self.scopes) == 1 else f"{name}@{self.opened}"
+                unique = name if len(self.scopes) == 1 else f"{name}@{self.scopes[-1].number}"
                 self.scopes[-1].names[name] = unique
                 self.registers[unique] = WIDTHS[kind]
             else:

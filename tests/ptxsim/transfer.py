@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,11 +12,14 @@ from tests.ptxsim.instructions import DTYPES, Mask, Operands, Run, instruction
 from tests.ptxsim.numbers import U32
 from tests.ptxsim.program import Address
 
-_TYPES = r"(?:b8|u8|s8|b16|u16|s16|b32|u32|s32|f32|b64|u64|s64|f64)"
+_NARROW = r"(?:b8|u8|s8|b16|u16|s16|b32|u32|s32|f32)"
+_WIDE = r"(?:b64|u64|s64|f64)"
+_TYPES = rf"(?:{_NARROW}|{_WIDE})"
+# What one thread loads or stores at a time: 16 bytes at most.
+_ACCESSES = (rf"(?:\.v(?P<n>2|4))?\.(?P<t>{_NARROW})", rf"(?:\.v(?P<n>2))?\.(?P<t>{_WIDE})")
 # Hints about caches change no value.
-_HINTS = (
-    r"(?:\.(?:ca|cg|cs|cv|lu|wb|wt))?(?:\.L1::(?:evict_normal|evict_first|evict_last|evict_unchanged|no_allocate))?"
-)
+_PRIORITY = r"\.L1::(?:evict_normal|evict_first|evict_last|evict_unchanged|no_allocate)"
+_RELAXED = r"\.relaxed\.(?:cta|gpu|sys)"
 
 
 @instruction(rf"ld\.param\.(?P<t>{_TYPES})")
@@ -32,19 +36,23 @@ def _load_parameter(m: re.Match, o: Operands) -> Run:
     return lambda cta, mask: put(cta, np.full(cta.threads, cta.parameters[name].view(dtype)), mask)
 
 
-@instruction(
-    rf"ld(?:\.weak|\.relaxed\.\w+)?\.global(?P<nc>\.nc)?{_HINTS}(?:\.v(?P<n>2|4|8))?\.(?P<t>{_TYPES})",
-)
+@instruction(*(rf"ld(?:\.weak)?\.global(?:\.(?:ca|cg|cs|lu|cv)|{_PRIORITY})?{a}" for a in _ACCESSES))
+@instruction(*(rf"ld{_RELAXED}\.global(?:{_PRIORITY})?{a}" for a in _ACCESSES))
 def _load_global(m: re.Match, o: Operands) -> Run:
-    return _load(m, o, "global_memory")
+    return _load(m, o, lambda cta: (cta.global_memory, cta.global_memory.load))
 
 
-@instruction(rf"ld\.shared(?:::cta)?(?:\.v(?P<n>2|4))?\.(?P<t>{_TYPES})")
+@instruction(*(rf"ld\.global(?:(?:\.(?:ca|cg|cs))?\.nc|\.nc{_PRIORITY}){a}" for a in _ACCESSES))
+def _load_constant(m: re.Match, o: Operands) -> Run:
+    return _load(m, o, lambda cta: (cta.global_memory, cta.global_memory.load_constant))
+
+
+@instruction(*(rf"ld\.shared(?:::cta)?{a}" for a in _ACCESSES))
 def _load_shared(m: re.Match, o: Operands) -> Run:
-    return _load(m, o, "shared_memory")
+    return _load(m, o, lambda cta: (cta.shared_memory, cta.shared_memory.load))
 
 
-def _load(m: re.Match, o: Operands, memory: str) -> Run:
+def _load(m: re.Match, o: Operands, memory: Callable) -> Run:
     o.expect(2)
     dtype, count = DTYPES[m["t"]], int(m["n"] or 1)
     address = o.address(1)
@@ -52,20 +60,21 @@ def _load(m: re.Match, o: Operands, memory: str) -> Run:
     width, size = count * dtype.itemsize, dtype.itemsize
 
     def run(cta, mask: Mask) -> None:
-        space = getattr(cta, memory)
-        at = space.load(address(cta), width, mask, cta.thread) // size
+        space, load = memory(cta)
+        at = load(address(cta), width, mask, cta.thread) // size
         for k, put in enumerate(puts):
             put(cta, space.words[size][at + k].view(dtype), mask)
 
     return run
 
 
-@instruction(rf"st(?:\.weak|\.relaxed\.\w+)?\.global{_HINTS}(?:\.v(?P<n>2|4|8))?\.(?P<t>{_TYPES})")
+@instruction(*(rf"st(?:\.weak)?\.global(?:\.(?:wb|cg|cs|wt)|{_PRIORITY})?{a}" for a in _ACCESSES))
+@instruction(*(rf"st{_RELAXED}\.global(?:{_PRIORITY})?{a}" for a in _ACCESSES))
 def _store_global(m: re.Match, o: Operands) -> Run:
     return _store(m, o, "global_memory")
 
 
-@instruction(rf"st\.shared(?:::cta)?(?:\.v(?P<n>2|4))?\.(?P<t>{_TYPES})")
+@instruction(*(rf"st\.shared(?:::cta)?{a}" for a in _ACCESSES))
 def _store_shared(m: re.Match, o: Operands) -> Run:
     return _store(m, o, "shared_memory")
 
@@ -84,7 +93,7 @@ def _store(m: re.Match, o: Operands, memory: str) -> Run:
     return run
 
 
-@instruction(r"red(?:\.relaxed)?(?:\.gpu)?\.global(?:\.gpu)?\.add\.(?P<t>f32|u32|s32)")
+@instruction(r"red(?:(?:\.relaxed)?(?:\.gpu)?\.global|\.global\.gpu)\.add\.(?P<t>f32|u32|s32)")
 def _reduce(m: re.Match, o: Operands) -> Run:
     o.expect(2)
     address, value = o.address(0), o.read(1, m["t"])
@@ -95,7 +104,7 @@ def _reduce(m: re.Match, o: Operands) -> Run:
     return run
 
 
-@instruction(r"atom(?:\.relaxed)?(?:\.gpu)?\.global(?:\.gpu)?\.add\.(?P<t>f32|u32|s32)")
+@instruction(r"atom(?:(?:\.relaxed)?(?:\.gpu)?\.global|\.global\.gpu)\.add\.(?P<t>f32|u32|s32)")
 def _atomic(m: re.Match, o: Operands) -> Run:
     o.expect(3)
     put, address, value = o.write(0, m["t"]), o.address(1), o.read(2, m["t"])
