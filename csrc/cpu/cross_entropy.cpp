@@ -2,7 +2,7 @@
 // smoothing, z the factor of the z-loss, V the vocabulary:
 //
 //   x = c * tanh(logits / c)              (x = logits without a softcap)
-//   lse = m + log(sum exp(x - m)),        m = max x
+//   lse = m + log(sum exp(x - m))         for any m; near max x, so that nothing overflows
 //   loss = (1 - e) * (lse - x_y) + e * (lse - mean x) + z * lse^2
 //   dx_v = exp(x_v - lse) * (1 + 2 z lse) - (1 - e) [v = y] - e / V
 //   dlogits = dloss * dx * (1 - (x / c)^2)
@@ -38,26 +38,43 @@ struct Logits {
 template <typename T, bool kSoftcap>
 void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
   constexpr int64_t kBlock = 1024;
+  // How far ahead of the arithmetic memory is asked for. Half of it leaves the arithmetic waiting.
+  constexpr int64_t kAhead = 4096 / sizeof(T);
   const Logits<T, kSoftcap> x{a.softcap};
   const Vec zero = broadcast(0.f);
-  // Block by block, so that the arithmetic on one goes on while the next is on its way from memory.
-  float largest = -FLT_MAX;
+  const auto largest_of = [&](const T* p, int64_t count) {
+    const float largest = max_lanes(count, [&](int64_t i, auto lanes) { return x(p + i, lanes); });
+    return largest > -FLT_MAX ? largest : -FLT_MAX;
+  };
+  // The sum's terms are relative to the largest of the first block, which is taken for the row's: to look for that one
+  // would be another pass. A block whose sum shows that it has a much larger one (or a NaN) is done again, relative to
+  // its own. What lies a little above does no harm: the exponential loses half a rounding for each unit.
+  constexpr float kMost = 2.f * kBlock;
+  float base = -FLT_MAX;
   double total = 0;
   for (int64_t begin = 0; begin < a.cols; begin += kBlock) {
     const int64_t count = a.cols - begin < kBlock ? a.cols - begin : kBlock;
     const T* block = logits + begin;
-    const float here = max_lanes(count, [&](int64_t i, auto lanes) { return x(block + i, lanes); });
-    if (here > largest) {
-      total *= ::exp(static_cast<double>(largest) - here);
-      largest = here;
+    const auto sum_of_block = [&] {
+      const Vec shift = broadcast(-base);
+      return sum_lanes(count, [&](int64_t i, auto lanes, Vec partial) {
+        prefetch(block + kAhead + i);
+        return add(partial, keep(exp(add(x(block + i, lanes), shift)), zero, lanes));
+      });
+    };
+    if (begin == 0) base = largest_of(block, count);
+    float sum = sum_of_block();
+    if (!(sum <= kMost)) {
+      const float here = largest_of(block, count);
+      if (here > base) {
+        total *= ::exp(static_cast<double>(base) - here);
+        base = here;
+        sum = sum_of_block();
+      }
     }
-    const Vec shift = broadcast(-largest);
-    total += sum_lanes(count, [&](int64_t i, auto lanes, Vec partial) {
-      prefetch(block + kBlock + i);
-      return add(partial, keep(exp(add(x(block + i, lanes), shift)), zero, lanes));
-    });
+    total += sum;
   }
-  const double log_total = ::log(total), x_y = x.one(logits + a.labels[row]), lse = largest + log_total;
+  const double x_y = x.one(logits + a.labels[row]), lse = base + ::log(total);
   double loss = (1. - a.label_smoothing) * (lse - x_y);
   if (a.label_smoothing != 0.f) {
     const double all = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
@@ -68,6 +85,8 @@ void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
   a.loss[row] = static_cast<float>(loss + a.z_loss * lse * lse);
   a.lse[row] = static_cast<float>(lse);
   if (!a.log_prob) return;
+  const float largest = largest_of(logits, a.cols);
+  total *= ::exp(static_cast<double>(base) - largest);
   // Of p * log p, up to the factor 1 / total. The floor keeps 0 * -inf from being NaN.
   const Vec floor = broadcast(-104.f), shift = broadcast(-largest);
   const double products = sum_lanes(a.cols, [&](int64_t i, auto lanes, Vec partial) {
@@ -75,7 +94,7 @@ void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
     return add(partial, keep(mul(exp(below), maximum(floor, below)), zero, lanes));
   });
   a.log_prob[row] = static_cast<float>(x_y - lse);
-  a.entropy[row] = static_cast<float>(log_total - products / total);
+  a.entropy[row] = static_cast<float>(::log(total) - products / total);
   a.correct[row] = x_y >= largest;
 }
 

@@ -5,7 +5,7 @@
 //   store(p, v, lanes)                   to them, rounded to nearest even
 //   load_scratch, store_scratch          memory of the kernel's own: the cheapest order of elements
 //   round_to<T>(v)                       what a store to T and a load back would give, for a v computed from Ts
-//   prefetch(p)                          asks for the cache line of p
+//   prefetch(p)                          asks for the cache lines of a vector at p
 //   broadcast, add, sub, mul, fma, maximum, minimum, exp, tanh, sigmoid, select(less(a, b), x, y), sum, largest, first
 //
 // `lanes` is Full, or Tail{n} for the first n lanes: a load then fills the others with zeros, a store leaves what lies
@@ -407,7 +407,6 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {fma(a.even, b.even, c.even), fma(a
 inline Vec maximum(Vec a, Vec b) { return {maximum(a.even, b.even), maximum(a.odd, b.odd)}; }
 inline Vec minimum(Vec a, Vec b) { return {minimum(a.even, b.even), minimum(a.odd, b.odd)}; }
 inline Vec exp(Vec v) { return {exp(v.even), exp(v.odd)}; }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
 inline Vec tanh(Vec v) { return {tanh(v.even), tanh(v.odd)}; }
 inline Vec sigmoid(Vec v) { return {sigmoid(v.even), sigmoid(v.odd)}; }
 inline VecMask less(Vec a, Vec b) { return {less(a.even, b.even), less(a.odd, b.odd)}; }
@@ -417,6 +416,12 @@ inline Vec select(VecMask mask, Vec yes, Vec no) {
 inline float sum(Vec v) { return sum(add(v.even, v.odd)); }
 inline float largest(Vec v) { return largest(maximum(v.even, v.odd)); }
 inline float first(Vec v) { return first(v.even); }
+
+template <typename T>
+inline void prefetch(const T* p) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < kLanes; i += kLine) __builtin_prefetch(p + i);
+}
 
 template <typename T>
 inline Vec load(const T* p, Full) {

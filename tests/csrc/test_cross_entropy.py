@@ -197,6 +197,32 @@ def test_minus_infinity_up_to_any_block_is_a_mask(isa):
         assert (got.dlogits[0, :masked] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [*OPTIONS[:2], PLAIN | {"softcap": 30.0}], ids=["plain", "smooth", "softcap"])
+def test_logits_far_above_the_first_block(isa, dtype, options):
+    """The kernel takes the first block's largest for the row's, and must notice where it is not."""
+    logits = torch.randn(7, 5000)
+    logits[0] += torch.linspace(-60, 60, 5000)
+    logits[1] += torch.linspace(60, -60, 5000)
+    logits[2, 1500] = 50.0
+    logits[3, 4999] = 300.0
+    logits[4, :1024] = -1e4
+    logits[5, 1024:2048] += 7.0  # in reach of the first block's
+    logits[6] += torch.linspace(0, 1e4, 5000)
+    logits, labels = logits.to(dtype), torch.tensor([0, 4999, 7, 4999, 0, 1030, 0])
+    dloss = torch.ones(7)
+    for row in range(7):  # one by one: a tensor's tolerance is in proportion to its largest
+        one = logits[row : row + 1], labels[row : row + 1], dloss[row : row + 1], options
+        ours, stock = forward(*one), formula(*one)
+        exact = formula(one[0].double(), *one[1:])
+        scale = float(one[0].float().clamp(min=0).max())
+        for name in ("loss", "lse", "log_prob", "entropy"):
+            triple = (getattr(result, name) for result in (ours, stock, exact))
+            assert_as_good(f"{name} of row {row}", *triple, floor=2**-22)
+        assert_as_good(f"dlogits of row {row}", ours.dlogits, stock.dlogits, exact.dlogits, floor=2**-23 * (2 + scale))
+        assert torch.equal(ours.correct, exact.correct)
+
+
 def test_no_rows_and_expanded_rows(isa):
     none = forward(torch.empty(0, 7), torch.empty(0, dtype=torch.int64))
     assert [part.numel() for part in none] == [0] * 6
