@@ -32,14 +32,15 @@ def arguments_of(launch: Launch) -> dict[str, Any]:
     return {k: _array(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
-def execute(launch: Launch, ptx: str | None = None) -> Counts:
+def execute(launch: Launch, ptx: str | None = None, most_steps: int = 20_000_000) -> Counts:
     """Runs a launch on its own tensors.
 
     Args:
         launch: as `benchmarks.ahead_of_time.recording` has it.
-        ptx: a changed program, in place of the one that was compiled.
+        ptx: a changed program, in place of the one that was compiled; it is decoded every time.
+        most_steps: instructions of a CTA after which it counts as running for ever.
     """
-    kernel = _decoded(ptx or launch.compiled.asm["ptx"])
+    kernel = _decoded(launch.compiled.asm["ptx"]) if ptx is None else Kernel(ptx)
     arguments = arguments_of(launch)
     # Triton appends pointers to scratch memory, which none of our kernels asks for.
     extra = len(kernel.program.parameters) - len(arguments)
@@ -47,4 +48,4 @@ def execute(launch: Launch, ptx: str | None = None) -> Counts:
     metadata = launch.compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise NotImplementedError("a kernel with scratch memory in global memory")
-    return kernel.launch(launch.grid, 32 * metadata.num_warps, arguments, metadata.shared)
+    return kernel.launch(launch.grid, 32 * metadata.num_warps, arguments, metadata.shared, most_steps)

@@ -217,7 +217,7 @@ class Cta:
         self.thread = np.arange(self.threads)
         self.lane = (self.thread % 32).astype(np.uint32)
         self.registers: list = [Undefined(name) for name in kernel.indices]
-        self.products = Products([frozenset() if ins.asynchronous else ins.writes for ins in kernel.code])
+        self.products = Products([None if ins.asynchronous else (ins.reads, ins.writes) for ins in kernel.code])
         self.barriers = 0
         tid = (self.thread % block[0], self.thread // block[0] % block[1], self.thread // (block[0] * block[1]))
         for i, axis in enumerate("xyz"):

@@ -272,11 +272,11 @@ class Products:
     """The wgmma of a CTA that have not been waited for.
 
     Until then nothing but another wgmma may touch their accumulators, and nothing may write to their A registers.
-    Registers that other instructions wrote need a ``wgmma.fence`` before a wgmma takes them.
+    Registers that other instructions read or wrote need a ``wgmma.fence`` before a wgmma takes them.
     """
 
-    def __init__(self, writes: list[frozenset[int]]) -> None:
-        self.writes = writes  # by place in the program; none for wgmma itself
+    def __init__(self, accesses: list[tuple[frozenset[int], frozenset[int]] | None]) -> None:
+        self.accesses = accesses  # registers read and written, by place in the program; None for wgmma itself
         self.open: list[tuple[list[int], list[int], list[np.ndarray]]] = []
         self.groups: list[list[tuple[list[int], list[int], list[np.ndarray]]]] = []
         self.accumulators: frozenset[int] = frozenset()
@@ -285,16 +285,19 @@ class Products:
         self.fenced = False
 
     def fence(self) -> None:
-        """Registers written so far may be taken."""
+        """Registers accessed so far may be taken."""
         self.since_fence.clear()
         self.fenced = True
 
     def check_fenced(self, registers: set[int]) -> None:
-        """Faults where one of the registers was written since the last fence."""
+        """Faults where one of the registers was read or written since the last fence."""
         if not self.fenced:
             raise Fault("wgmma with no wgmma.fence before it")
-        if any(not registers.isdisjoint(self.writes[at]) for at in self.since_fence):
-            raise Fault("wgmma takes registers that were written since the last wgmma.fence")
+        for reads, writes in filter(None, (self.accesses[at] for at in self.since_fence)):
+            if not registers.isdisjoint(writes):
+                raise Fault("wgmma takes registers that were written since the last wgmma.fence")
+            if not registers.isdisjoint(reads):
+                raise Fault("wgmma takes registers that were read since the last wgmma.fence")
 
     def check_taken(self, accumulators: list[int], inputs: list[int]) -> None:
         """Faults where a wgmma takes what another has not finished with.
