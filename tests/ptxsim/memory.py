@@ -504,9 +504,8 @@ class SharedMemory:
                 grains = _grains(at, data.shape[1], self.grain)
                 self.in_flight[grains] = False
                 self.watch.stored[grains] = self.watch.epoch + thread[done][:, None]
-                # cp.async (not bulk) writes through the generic proxy, as a store does; PTX ISA, "Async proxy", names
-                # the operations of the other one, and compilers fence it alike. A fence before the wait is too early.
-                self.unfenced[grains] = thread[done][:, None]
+                # No fence.proxy.async is asked for: Triton issues none between the wait and the wgmma that reads, nor
+                # do CUTLASS's main loops of cp.async and wgmma, and both work on devices.
             if not done.all():
                 left.append((thread[~done], group[~done], offsets[~done], data[~done]))
         self.copies = left
