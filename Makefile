@@ -7,16 +7,22 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: pretrain test test-all lint bench
+.PHONY: pretrain test test-all lint bench gpu-static
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py $(ARGS)
 
+# Triton's kernels run twice: their machine code, and, in a process of its own, their source in Triton's interpreter.
+# There the tests of the ops go through them, too. ARGS may leave the second run without a test, which is pytest's 5.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/ops
+
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+	$(INTERPRETED) $(ARGS) || [ $$? -eq 5 ]
 
 test-all: lint
 	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(INTERPRETED) -m "" $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,6 +35,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.packing
+
+gpu-static: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_static --dtypes bfloat16 float16 float32 --every-option \
+		--out docs/gpu-static.md $(ARGS)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -32,6 +32,15 @@ TARGETS = {
 """Architectures that kernels are compiled for: Triton's target, and the processors of a large device of its kind
 (A100, H100, B200, RTX PRO 6000, MI300X)."""
 
+SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+"""KiB of shared memory that a program may have. Sources: CUDA C++ Programming Guide, table of compute capabilities; AMD
+CDNA 3 ISA."""
+
+REGISTERS = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "sm_120": 65536, "gfx942": 131072}
+"""Registers of a processor, and the most threads it holds, from the same tables."""
+
+THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -75,7 +84,9 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recording(architecture: str, execute: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+def recording(
+    architecture: str, execute: Callable[[Launch], None] | None = None, only: str | None = None
+) -> Iterator[list[Launch]]:
     """Compiles what is launched in the block for `architecture`, and lists it instead of running it.
 
     Tensors stay on the CPU and their values are never written, unless `execute`, called with every launch, does so.
@@ -83,12 +94,15 @@ def recording(architecture: str, execute: Callable[[Launch], None] | None = None
     Args:
         architecture: a key of `TARGETS`.
         execute: what is done in place of a launch.
+        only: name of the one kernel that is compiled; launches of others are passed over.
     """
     target, count = TARGETS[architecture]
     launches: list[Launch] = []
     run = JITFunction.run
 
     def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        if only is not None and self.fn.__name__ != only:
+            return None
         compiled = run(self, *arguments, grid=grid, warmup=True, **keywords)
         names = inspect.signature(self.fn).parameters
         bound = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
@@ -135,6 +149,13 @@ class Resources:
     def count(self, *prefixes: str) -> int:
         """Instructions whose names begin with one of the prefixes."""
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
+
+
+def programs_at_once(target: str, r: Resources) -> int:
+    """Programs that one processor holds, by its registers, threads and shared memory."""
+    by_registers = REGISTERS[target] // (max(r.registers, 1) * r.threads)
+    by_shared = SHARED_LIMIT[target] * 1024 // (r.shared + 1024)
+    return min(by_registers, THREADS[target] // r.threads, by_shared, 32)
 
 
 @functools.cache

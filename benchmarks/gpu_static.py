@@ -1,20 +1,25 @@
-"""What the Triton kernels become on GPUs that are not here: registers, shared memory, tensor-core instructions.
+"""What the Triton kernels become on GPUs that are not here: registers, tensor-core instructions, traffic, limits.
 
-    python -m benchmarks.gpu_static                        # every kernel, every target; minutes the first time
+    python -m benchmarks.gpu_static                        # bfloat16, every kernel, every target: a few minutes
     python -m benchmarks.gpu_static --targets sm_90        # one of them
-    python -m benchmarks.gpu_static --out docs/gpu-static.md
+    make gpu-static                                        # every dtype and option, too, into docs/gpu-static.md
 
-Every kernel is compiled ahead of time with the specialisation and the config with which it is launched at LLaMA-2's
-shapes, and its machine code is read. These are counts, not times. The program fails where a bar breaks: registers that
-spill to memory, a stack, shared memory past the device's limit, loads narrower than 128 bits, attention without the
-tensor cores of its generation.
+Every kernel is compiled ahead of time with the specialisation and the config with which it is launched at LLaMA-2-7B's
+shapes, and its machine code is read. For sm_80 and sm_90 the machine code is executed as well (`tests.ptxsim`) on a
+part of those shapes, what it does is counted, and the counts are multiplied to 4,096 tokens: equal rows, documents and
+heads. These are counts, not times.
+
+The program fails where a bar breaks: registers that spill, a stack, shared memory past the device's limit, loads or
+stores narrower than 128 bits, attention without the tensor cores of its generation, more traffic than the formula
+beside it allows, sectors used in part, bank conflicts.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,112 +29,366 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.ahead_of_time import TARGETS, Launch, Resources, recording, resources
+from benchmarks.ahead_of_time import (
+    SHARED_LIMIT,
+    TARGETS,
+    Launch,
+    Resources,
+    programs_at_once,
+    recording,
+    resources,
+)
+from benchmarks.gpu_bound import DEVICES, UNITS, bound, cycles
 from benchmarks.harness import commit
-from lemur_fast.kernels import attention, cross_entropy, rms_norm, rotary, swiglu
-
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
-"""KiB of shared memory that a program may have. Sources: CUDA C++ Programming Guide, table of compute capabilities; AMD
-CDNA 3 ISA."""
-
-REGISTERS = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "sm_120": 65536, "gfx942": 131072}
-"""Registers of a processor, and the most threads it holds, from the same tables."""
-
-THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
+from lemur_fast.kernels import attention, common, cross_entropy, rms_norm, rotary, swiglu
+from tests.ptxsim import Counts
+from tests.ptxsim.from_triton import execute
 
 TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "HMMA"), "sm_120": ("HMMA",)}
 """Instructions by which products run on the tensor cores of each generation; on gfx942 they are v_mfma."""
 
+TOKENS, WIDTH, INNER, HEADS, VOCABULARY = 4096, 4096, 11008, 32, 32000
+"""LLaMA-2-7B's shapes."""
+
+DOCUMENT = 512
+"""Tokens of each document that attention is counted with."""
+
 
 @dataclass
 class Arguments:
-    """Compiles every kernel for every target and prints what became of it."""
+    """Compiles every kernel for every target, executes what can be executed, and prints what became of it."""
 
     targets: tuple[str, ...] = tuple(TARGETS)
     """Architectures."""
-    out: Path | None = None
-    """Also write the tables to this Markdown file."""
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    """Dtypes of the inputs. The first is printed in full, the others only where a bar breaks."""
     head_dims: tuple[int, ...] = (64, 96, 128, 256)
     """Head dimensions for attention."""
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    """Dtypes of the inputs."""
     every_option: bool = False
     """Attention with windows, softcaps and without a causal mask, too."""
+    out: Path | None = None
+    """Also write the tables to this Markdown file."""
+    processes: int = 2
+    """Compilers that run at once."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel."""
+    """One compiled kernel, and what it did where it was executed.
+
+    Attributes:
+        times: how often the counted launch makes the whole shape.
+        least: bytes that have to move for the whole shape; None where no bar stands.
+        formula: how `least` is made, n being the elements of the op's input.
+    """
 
     op: str
     kernel: str
     shape: str
     config: str
     resources: Resources
+    counts: Counts | None = None
+    times: float = 1.0
+    least: float | None = None
+    formula: str = ""
 
 
-def programs_at_once(target: str, r: Resources) -> int:
-    """Programs that one processor holds, by its registers, threads and shared memory."""
-    by_registers = REGISTERS[target] // (max(r.registers, 1) * r.threads)
-    by_shared = SHARED_LIMIT[target] * 1024 // (r.shared + 1024)
-    return min(by_registers, THREADS[target] // r.threads, by_shared, 32)
+Bytes = Callable[[str, torch.dtype], float]
 
 
-def launches(target: str, dtype: torch.dtype, head_dims: tuple[int, ...], every_option: bool) -> Iterator[Row]:
-    """Every kernel at the shapes of LLaMA-2-7B; few rows, because nothing runs."""
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape.
 
-    def rows(op: str, shape: str, recorded: list[Launch]) -> Iterator[Row]:
-        for launch in recorded:
-            sizes = {k: v for k, v in launch.arguments.items() if k in ("OWN", "BLOCK", "ROWS", "TOKENS", "HEADS")}
-            if op == "attention":
-                sizes.pop("HEADS", None)
-            meta = launch.compiled.metadata
-            config = " ".join(f"{k.lower()} {v}" for k, v in sizes.items())
-            config += f", {meta.num_warps} warps, {meta.num_stages} stages"
-            yield Row(op, launch.name.removesuffix("_kernel"), shape, config, resources(launch.compiled))
+    Attributes:
+        op: its name.
+        shape: in words.
+        launch: launches the kernels for a target and a dtype, on a part of the shape.
+        times: how often that part makes the whole, for a target.
+        least: bytes that the whole has to move, by kernel, for a target and a dtype; none where no bar stands.
+        formula: of `least`, by kernel; n are the bytes of the op's input.
+        counted: whether the kernels are executed where they can be.
+    """
 
-    x, w, stat = torch.empty(64, 4096, dtype=dtype), torch.empty(4096, dtype=dtype), torch.empty(64)
-    with recording(target) as recorded:
-        rms_norm.forward(x, None, w, 1e-5)
-        rms_norm.backward(x, None, x, w, stat, True)
-        yield from rows("rms_norm", "4096", recorded)
-    with recording(target) as recorded:
-        rms_norm.forward(x, x, w, 1e-5)
-        rms_norm.backward(x, x, x, w, stat, True)
-        yield from (row for row in rows("rms_norm + residual", "4096", recorded) if row.kernel != "sum_rows")
-    with recording(target) as recorded:
-        swiglu.forward(x, x)
-        swiglu.backward(x, x, x)
-        yield from rows("swiglu", "4096", recorded)
-    q, table = torch.empty(64, 32, 128, dtype=dtype), torch.empty(64, 128, dtype=dtype)
-    with recording(target) as recorded:
-        rotary.rotate(q, q, table, table, False, dtype, False)
-        yield from rows("rotary", "32 heads of 128", recorded)
-    logits, labels = torch.empty(64, 32000, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+    op: str
+    shape: str
+    launch: Callable[[str, torch.dtype], None]
+    times: Callable[[str], float] = lambda target: 1.0
+    least: dict[str, Bytes] = field(default_factory=dict)
+    formula: dict[str, str] = field(default_factory=dict)
+    counted: bool = True
+
+
+def _processors(target: str) -> int:
+    return TARGETS[target][1]
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def norm_forward(with_residual: bool) -> Case:
+    """Four rows, a program each."""
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        x, residual = (torch.randn(4, WIDTH).to(dtype) for _ in range(2))
+        rms_norm.forward(x, residual if with_residual else None, torch.randn(WIDTH).to(dtype), 1e-5)
+
+    tensors = 4 if with_residual else 2
+    return Case(
+        "rms_norm + residual" if with_residual else "rms_norm",
+        f"{WIDTH} wide",
+        launch,
+        lambda target: TOKENS / 4,
+        {"forward": lambda target, dtype: (tensors * TOKENS + 1) * WIDTH * dtype.itemsize + 4 * TOKENS},
+        {"forward": f"{tensors}n, weight, rstd"},
+    )
+
+
+def norm_backward(with_residual: bool) -> Case:
+    """The rows of one program, of as many programs as there are processors."""
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        rows = -(-TOKENS // _processors(target))
+        h, dy, dh = (torch.randn(rows, WIDTH).to(dtype) for _ in range(3))
+        with common.pretending(target, 1):
+            rms_norm.backward(
+                dy, dh if with_residual else None, h, torch.randn(WIDTH).to(dtype), torch.rand(rows), True
+            )
+
+    def least(target: str, dtype: torch.dtype) -> float:
+        rows = (tensors * TOKENS + 1) * WIDTH * dtype.itemsize + 4 * TOKENS
+        return rows + 4 * WIDTH * (_processors(target) + 1)
+
+    tensors = 4 if with_residual else 3
+    return Case(
+        "rms_norm + residual" if with_residual else "rms_norm",
+        f"{WIDTH} wide",
+        launch,
+        lambda target: TOKENS / -(-TOKENS // _processors(target)),
+        {"backward": least},
+        {"backward": f"{tensors}n, weight, rstd, a float32 dw for each processor, dw"},
+    )
+
+
+def norm_parts() -> Case:
+    """The second kernel of the backward, whole: its traffic counts for the first one, whose formula has no room."""
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        rms_norm.sum_rows(torch.randn(_processors(target), WIDTH))
+
+    return Case("rms_norm", f"{WIDTH} wide", launch)
+
+
+def swiglu_case() -> Case:
+    """Eight programs of each direction."""
+    elements = 8 * swiglu.BLOCK
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        gate, up, dy = (torch.randn(1, elements).to(dtype) for _ in range(3))
+        swiglu.forward(gate, up)
+        swiglu.backward(dy, gate, up)
+
+    n = TOKENS * INNER
+    return Case(
+        "swiglu",
+        f"{INNER} wide",
+        launch,
+        lambda target: n / elements,
+        {
+            "forward": lambda target, dtype: 3 * n * dtype.itemsize,
+            "backward": lambda target, dtype: 5 * n * dtype.itemsize,
+        },
+        {"forward": "3n", "backward": "5n"},
+    )
+
+
+def rotary_case(head_dim: int) -> Case:
+    """Four tokens; the backward is the same kernel."""
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        q, k = (torch.randn(4, HEADS, head_dim).to(dtype) for _ in range(2))
+        cos, sin = (torch.randn(4, head_dim).to(dtype) for _ in range(2))
+        rotary.rotate(q, k, cos, sin, False, dtype, False)
+
+    n = 2 * TOKENS * HEADS * head_dim
+    return Case(
+        "rotary",
+        f"q and k, {HEADS} heads of {head_dim}",
+        launch,
+        lambda target: TOKENS / 4,
+        {"rotary": lambda target, dtype: 2 * (n + TOKENS * head_dim) * dtype.itemsize},
+        {"rotary": "2n, cos, sin"},
+    )
+
+
+def cross_entropy_case() -> Case:
+    """Two rows."""
     options = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
-    with recording(target) as recorded:
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        logits, labels = torch.randn(2, VOCABULARY).to(dtype), torch.tensor([5, 7])
         cross_entropy.forward(logits, labels, False, **options)
-        cross_entropy.backward(stat, logits, labels, stat, **options)
-        yield from rows("cross_entropy", "32000", recorded)
-    with recording(target) as recorded:
-        cross_entropy.forward(logits, labels, False, stat, logits, **options)
-        yield from rows("linear_cross_entropy", "32000", recorded)
-    cu_seqlens = torch.zeros(9, dtype=torch.int32)
-    plain = attention.Options(True, 0, 0.0, 0.1)
-    asked = {"": plain}
-    if every_option:
-        asked |= {", all": plain._replace(causal=False), ", window": plain._replace(window=1000)}
-        asked |= {", softcap": plain._replace(softcap=30.0)}
-    for head_dim in head_dims:
-        q, lse = torch.empty(64, 32, head_dim, dtype=dtype), torch.empty(32, 64)
-        for name, chosen in asked.items():
-            with recording(target) as recorded:
-                attention.forward(q, q, q, cu_seqlens, cu_seqlens, chosen)
-                attention.backward(q, None, q, q, q, q, lse, cu_seqlens, cu_seqlens, chosen)
-                yield from rows("attention", f"heads of {head_dim}{name}", recorded)
+        cross_entropy.backward(torch.ones(2), logits, labels, torch.ones(2), **options)
+
+    n = TOKENS * VOCABULARY
+    return Case(
+        "cross_entropy",
+        f"{VOCABULARY} wide",
+        launch,
+        lambda target: TOKENS / 2,
+        {
+            "forward": lambda target, dtype: n * dtype.itemsize + TOKENS * (8 + 4 + 4),
+            "backward": lambda target, dtype: 2 * n * dtype.itemsize + TOKENS * (8 + 4 + 4),
+        },
+        {"forward": "n, label, loss, lse", "backward": "2n, label, dloss, lse"},
+    )
 
 
-def broken_bars(target: str, row: Row) -> list[str]:
+def loss_chunk_case() -> Case:
+    """The loss of a chunk of `linear_cross_entropy`: the gradient goes over the logits, which the cache still has."""
+    options = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        logits, labels = torch.randn(2, VOCABULARY).to(dtype), torch.tensor([5, 7])
+        cross_entropy.forward(logits, labels, False, torch.ones(2), logits, **options)
+
+    n = TOKENS * VOCABULARY
+    return Case(
+        "linear_cross_entropy, loss chunk",
+        f"{VOCABULARY} wide",
+        launch,
+        lambda target: TOKENS / 2,
+        {"forward": lambda target, dtype: 2 * n * dtype.itemsize + TOKENS * (8 + 4 + 4 + 4)},
+        {"forward": "2n, label, dloss, loss, lse"},
+    )
+
+
+OPTIONS = {
+    "": attention.Options(True, 0, 0.0, 0.1),
+    ", not causal": attention.Options(False, 0, 0.0, 0.1),
+    ", window": attention.Options(True, 300, 0.0, 0.1),
+    ", softcap": attention.Options(True, 0, 30.0, 0.1),
+    ", window, softcap": attention.Options(True, 300, 30.0, 0.1),
+}
+
+
+def attention_case(head_dim: int, option: str = "") -> Case:
+    """One document and one head, executed for the plain causal mask."""
+
+    def launch(target: str, dtype: torch.dtype) -> None:
+        q, k, v, dout = (torch.randn(DOCUMENT, 1, head_dim).to(dtype) for _ in range(4))
+        cu_seqlens, lse = torch.tensor([0, DOCUMENT], dtype=torch.int32), torch.zeros(1, DOCUMENT)
+        attention.forward(q, k, v, cu_seqlens, cu_seqlens, OPTIONS[option])
+        attention.backward(dout, None, q, k, v, q, lse, cu_seqlens, cu_seqlens, OPTIONS[option])
+
+    documents = TOKENS // DOCUMENT * HEADS
+
+    def needed(
+        kind: str, fixed: int, walked: int, statistics: int, of_walked: int
+    ) -> Callable[[str, torch.dtype], float]:
+        """Of every tile its rows of `fixed` tensors, and of `walked` tensors the rows that it sees, or that see it."""
+
+        def total(target: str, dtype: torch.dtype) -> float:
+            with common.pretending(target, 1):
+                own = getattr(attention.tiles_for(torch.empty(1, 1, head_dim, dtype=dtype)), kind).own
+            row, bytes_needed = head_dim * dtype.itemsize, 0
+            for start in range(0, DOCUMENT, own):
+                rows = min(own, DOCUMENT - start)
+                seen = DOCUMENT - start if kind == "dkdv" else start + rows
+                bytes_needed += rows * (fixed * row + 4 * statistics) + seen * (walked * row + 4 * of_walked)
+            return bytes_needed * documents
+
+        return total
+
+    return Case(
+        "attention",
+        f"{HEADS} heads of {head_dim}{option}",
+        launch,
+        lambda target: documents,
+        {}
+        if option
+        else {
+            "forward": needed("forward", 2, 2, 1, 0),
+            "dq": needed("dq", 3, 2, 2, 0),
+            "dkdv": needed("dkdv", 4, 2, 0, 2),
+            "delta": lambda target, dtype: TOKENS * HEADS * (2 * head_dim * dtype.itemsize + 4),
+        },
+        {
+            "forward": "of each tile q, out, lse; k, v that it sees",
+            "dq": "of each tile q, dout, dq, lse, delta; k, v that it sees",
+            "dkdv": "of each tile k, v, dk, dv; q, dout, lse, delta that see it",
+            "delta": "out, dout, delta",
+        },
+        counted=not option,
+    )
+
+
+def cases(head_dims: tuple[int, ...], every_option: bool) -> list[Case]:
+    """Every kernel at LLaMA-2-7B's shapes."""
+    rows = [norm_forward(False), norm_backward(False), norm_parts(), norm_forward(True), norm_backward(True)]
+    rows += [swiglu_case(), rotary_case(128), cross_entropy_case(), loss_chunk_case()]
+    options = OPTIONS if every_option else ("",)
+    return rows + [attention_case(head_dim, option) for head_dim in head_dims for option in options]
+
+
+# ---- compiling, executing --------------------------------------------------------------------------------------------
+
+
+def rows_of(case: Case, target: str, dtype: torch.dtype, count: bool = True) -> list[Row]:
+    """Compiles the kernels of a case, and executes them where that is wanted and possible."""
+    rows = []
+    executed = count and case.counted and target in DEVICES and dtype.itemsize == 2
+
+    def note(launch: Launch) -> None:
+        kernel = launch.name.removesuffix("_kernel")
+        if case.op.startswith("rms_norm") and kernel == "sum_rows" and launch.arguments["rows"] == 1:
+            return  # the case of one program: `norm_parts` has the real one
+        sizes = {k: v for k, v in launch.arguments.items() if k in ("OWN", "BLOCK", "ROWS", "TOKENS")}
+        meta = launch.compiled.metadata
+        config = " ".join(f"{k.lower()} {v}" for k, v in sizes.items())
+        least = case.least.get(kernel)
+        rows.append(
+            Row(
+                case.op,
+                kernel,
+                case.shape,
+                f"{config}, {meta.num_warps} warps, {meta.num_stages} stages",
+                resources(launch.compiled),
+                execute(launch) if executed else None,
+                case.times(target),
+                least(target, dtype) if least else None,
+                case.formula.get(kernel, ""),
+            )
+        )
+
+    torch.manual_seed(0)
+    with recording(target, note):
+        case.launch(target, dtype)
+    return rows
+
+
+def traffic(target: str, row: Row, rows: list[Row]) -> float:
+    """Bytes that the whole shape moves: the distinct sectors of each program, the weight's once a processor.
+
+    The kernel that sums the parts of dw counts for the backward of rms_norm.
+    """
+    assert row.counts is not None
+    weight = row.counts.loaded["weight"]
+    cached = min(weight * row.times, weight / row.counts.ctas * _processors(target))
+    moved = (row.counts.traffic - weight) * row.times + cached
+    if row.op.startswith("rms_norm") and row.kernel == "backward":
+        moved += next(r.counts.traffic for r in rows if r.kernel == "sum_rows" and r.counts)
+    return moved
+
+
+def wide_share(counts: Counts) -> float:
+    """Share of the bytes of global memory that requests move 16 at a time; what many lanes ask for counts once."""
+    return (counts.loads.wide_bytes + counts.stores.wide_bytes) / (
+        counts.loads.unique_bytes + counts.stores.unique_bytes
+    )
+
+
+def broken_bars(target: str, dtype: torch.dtype, row: Row, rows: list[Row]) -> list[str]:
     """What is wrong with a kernel."""
     r, wrong = row.resources, []
     if r.stack or r.spills:
@@ -138,65 +397,145 @@ def broken_bars(target: str, row: Row) -> list[str]:
         wrong.append(f"shared memory {r.shared} bytes, past {SHARED_LIMIT[target]} KiB")
     if r.widest < 128:
         wrong.append(f"its widest load has {r.widest} bits")
-    products = row.kernel in ("forward", "dq", "dkdv") and row.op == "attention"
+    products = row.op == "attention" and row.kernel in ("forward", "dq", "dkdv") and dtype.itemsize == 2
     if products and not r.count(*TENSOR_CORES.get(target, ("v_mfma",))):
         wrong.append("no tensor-core instruction of this generation")
     if products and target == "sm_80" and not r.count("LDGSTS"):
         wrong.append("no asynchronous copy")
+    if row.counts is not None:
+        wrong += broken_counts(target, row, rows)
     return [f"{target}: {row.op} {row.kernel}, {row.shape}, {row.config}: {what}" for what in wrong]
 
 
-HEADINGS = (
-    "op",
-    "kernel",
-    "shape",
-    "config",
-    "regs",
-    "stack",
-    "spill",
-    "shared",
-    "at once",
-    "tensor",
-    "widest",
-    "code",
-)
+def broken_counts(target: str, row: Row, rows: list[Row]) -> list[str]:
+    """What is wrong with what a kernel did."""
+    counts, wrong, of_rows = row.counts, [], row.op != "attention"
+    assert counts is not None
+    if row.least is not None:
+        ratio, allowed = traffic(target, row, rows) / row.least, 1.05 if of_rows else 1.15
+        if ratio > allowed:
+            wrong.append(f"traffic {ratio:.3f} times its formula ({row.formula}); at most {allowed}")
+    for name, requests in (("loads", counts.loads), ("stores", counts.stores)):
+        if of_rows and requests.efficiency < 0.95:
+            wrong.append(f"{name} use {requests.efficiency:.1%} of their sectors; at least 95%")
+    for name, requests in (("loads", counts.shared_loads), ("stores", counts.shared_stores)):
+        if requests.conflicts > 0.1:
+            wrong.append(f"{requests.conflicts:.2f} bank conflicts a request of shared {name}; at most 0.1")
+    if row.least is not None and wide_share(counts) < 0.95:
+        wrong.append(f"{wide_share(counts):.1%} of its global bytes move 16 at a time; at least 95%")
+    return wrong
 
 
-def cells(target: str, row: Row) -> tuple[str, ...]:
-    """A row of the table."""
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+STATIC = (
+    "op", "kernel", "shape", "config", "registers", "stack", "spills", "shared", "at once", "tensor", "widest", "code",
+)  # fmt: skip
+COUNTED = (
+    "op", "kernel", "shape", "MB", "x formula", "formula", "sectors used", "16-byte", "conflicts", "limit", "bound us",
+    *(f"{unit} kcycles" for unit in UNITS),
+)  # fmt: skip
+WORDS = 4
+"""Columns of words, on the left."""
+
+
+def static_cells(target: str, row: Row) -> tuple[str, ...]:
+    """A row of the table of what was compiled."""
     r = row.resources
     tensor = r.count("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
     numbers = (r.registers, r.stack, r.spills, r.shared, programs_at_once(target, r), tensor, r.widest)
     return (row.op, row.kernel, row.shape, row.config, *map(str, (*numbers, sum(r.instructions.values()))))
 
 
-def main(arguments: Arguments) -> None:
-    """Compiles, prints, and exits with 1 where a bar breaks."""
-    console = Console(width=170, highlight=False)
-    header = f"triton {version('triton')}, torch {version('torch')}, {commit()}; counted, not measured"
-    console.print(header)
-    broken: list[str] = []
-    text = [
-        "# What the Triton kernels become on a GPU",
-        "",
-        "`python -m benchmarks.gpu_static --out docs/gpu-static.md`",
+def counted_cells(target: str, row: Row, rows: list[Row]) -> tuple[str, ...]:
+    """A row of the table of what was executed."""
+    counts, device = row.counts, DEVICES[target]
+    assert counts is not None
+    moved = traffic(target, row, rows)
+    needs = cycles(counts, device, row.times)
+    limit, microseconds = bound(needs, device)
+    used = (counts.loads.fewest_units + counts.stores.fewest_units) / max(1, counts.loads.units + counts.stores.units)
+    conflicts = max(counts.shared_loads.conflicts, counts.shared_stores.conflicts)
+    return (
+        row.op, row.kernel, row.shape, f"{moved / 1e6:.1f}", f"{moved / row.least:.3f}" if row.least else "-",
+        row.formula or "-", f"{used:.1%}", f"{wide_share(counts):.1%}", f"{conflicts:.2f}", limit,
+        f"{microseconds:.1f}", *(f"{needs[unit] / 1e3:.1f}" for unit in UNITS),
+    )  # fmt: skip
+
+
+def printed(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]], console: Console) -> list[str]:
+    """Prints a table, and returns it as Markdown."""
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < WORDS else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [headings, ("---",) * len(headings), *rows]
+    return [f"## {title}", "", *("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+INTRODUCTION = """# What the Triton kernels become on a GPU
+
+Printed by `make gpu-static`, on a machine without a GPU: counted, not measured. It fails where a bar breaks.
+`python -m benchmarks.gpu_static --help` explains how; `benchmarks/gpu_bound.py` has the rates of the units, with their
+sources.
+
+- Compiled: registers of a thread, bytes of stack, spills and shared memory, programs that a processor holds at once,
+  tensor-core instructions in the code, bits of the widest load, instructions in the code.
+- Executed: 4,096 tokens of LLaMA-2-7B, attention in documents of 512. MB are the distinct 32-byte sectors of every
+  program, added up; beside them the formula of what has to move, n being the bytes of the op's main input. Sectors
+  used: of what the requests of warps touch. 16-byte: share of the bytes that move in accesses of 16. Conflicts: passes
+  over the banks of shared memory beyond the fewest, a request. Then the cycles that each unit of every processor needs,
+  and the unit that limits: a bound, not a time.
+"""
+
+
+def compile_all(arguments: Arguments, console: Console) -> dict[tuple[str, str], list[Row]]:
+    """The rows of every target and dtype."""
+    jobs = [
+        (case_index, target, dtype, arguments.head_dims, arguments.every_option)
+        for target in arguments.targets
+        for dtype in arguments.dtypes
+        for case_index in range(len(cases(arguments.head_dims, arguments.every_option)))
     ]
-    text += ["", header + ".", ""]
+    found: dict[tuple[str, str], list[Row]] = {}
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        done = track(pool.imap(_job, jobs), "compiling, executing", total=len(jobs), console=console, transient=True)
+        for (_, target, dtype, *_), rows in zip(jobs, done, strict=True):
+            found.setdefault((target, dtype), []).extend(rows)
+    return found
+
+
+def _job(job: tuple[int, str, str, tuple[int, ...], bool]) -> list[Row]:
+    index, target, dtype, head_dims, every_option = job
+    torch.set_num_threads(1)
+    return rows_of(cases(head_dims, every_option)[index], target, getattr(torch, dtype))
+
+
+def main(arguments: Arguments) -> None:
+    """Compiles, executes, prints, and exits with 1 where a bar breaks."""
     for target in arguments.targets:
         if target not in TARGETS:
             raise SystemExit(f"--targets: got {target!r}; takes {', '.join(TARGETS)}")
-        for dtype in arguments.dtypes:
-            table = Table(title=f"{target}, {dtype}")
-            for heading in HEADINGS:
-                table.add_column(heading, justify="left" if heading in HEADINGS[:4] else "right", no_wrap=True)
-            found = launches(target, getattr(torch, dtype), arguments.head_dims, arguments.every_option)
-            text += [f"## {target}, {dtype}", "", "| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-            for row in track(found, f"compiling for {target}", console=console, transient=True):
-                table.add_row(*cells(target, row))
-                text.append("| " + " | ".join(cells(target, row)) + " |")
-                broken += broken_bars(target, row)
-            text.append("")
-            console.print(table)
+    console = Console(width=260, highlight=False)
+    header = f"triton {version('triton')}, torch {version('torch')}, {commit()}; counted, not measured"
+    console.print(header)
+    broken: list[str] = []
+    text = [INTRODUCTION, header + ".", ""]
+    for (target, dtype), rows in compile_all(arguments, console).items():
+        for row in rows:
+            broken += broken_bars(target, getattr(torch, dtype), row, rows)
+        if dtype != arguments.dtypes[0]:
+            text.append(f"{target}, {dtype}: {len(rows)} kernels compiled.\n")
+            console.print(text[-1])
+            continue
+        text += printed(f"{target}, {dtype}: compiled", STATIC, [static_cells(target, r) for r in rows], console)
+        executed = [row for row in rows if row.counts is not None]
+        if executed:
+            title = f"{target} ({DEVICES[target].name}), {dtype}: executed"
+            text += printed(title, COUNTED, [counted_cells(target, r, rows) for r in executed], console)
+    text += [f"Broken bars: {len(broken)}.", *(f"- {line}" for line in broken), ""]
     if arguments.out:
         arguments.out.write_text("\n".join(text))
     for line in broken:

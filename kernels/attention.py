@@ -9,8 +9,8 @@ document more, which sees nothing. So the grid follows from shapes, and nothing 
     dk, dv    a program for a tile of keys and a key head: the query heads of a group are summed in registers
     dq        a program for a tile of queries and a query head
 
-Each walks blocks in two kinds: those that the mask leaves whole, without a mask, and the rest. Boundaries that decrease
-or pass the end are brought back within the tensors: what comes out then means nothing, but is written inside.
+Each walks the blocks that the mask leaves whole, without a mask, and then those on both sides of them. Boundaries that
+decrease or pass the end are brought back within the tensors: what comes out then means nothing, but is written inside.
 
 Sources: Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
 """
@@ -49,12 +49,12 @@ class Tiles(NamedTuple):
 TILES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 64, 8, 3)),
-        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(128, 32, 8, 3)),
         256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     "sm_90": {
         64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)),
         256: Tiles(Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
 }
@@ -127,17 +127,22 @@ def _place(cu_own, cu_other, documents, own_tokens, other_tokens, tile, BLOCK: t
 
 
 @triton.jit
-def _load_rows(p, start, rows, length, stride, d, MASKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, WIDTH] of a head: zeros past the document's `length` (where MASKED) and past the head dimension."""
-    at = p + (start + rows)[:, None] * stride + d[None, :]
+def _rows(p, start, stride, d, ROWS: tl.constexpr):
+    """Pointers to [ROWS, WIDTH] of a head from row `start` on; 64 bits, and made once, outside of loops."""
+    return p + start * stride + (tl.arange(0, ROWS).to(tl.int64) * stride)[:, None] + d[None, :]
+
+
+@triton.jit
+def _load_rows(pointers, row, length, d, MASKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """What `pointers` point to: zeros where `row` is past the `length` (if MASKED) and past the head dimension."""
     if MASKED:
-        inside = (rows < length)[:, None]
+        inside = (row < length)[:, None]
         if D != WIDTH:
             inside = inside & (d < D)[None, :]
-        return tl.load(at, mask=inside, other=0.0)
+        return tl.load(pointers, mask=inside, other=0.0)
     if D != WIDTH:
-        return tl.load(at, mask=(d < D)[None, :], other=0.0)
-    return tl.load(at)
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -167,13 +172,16 @@ def _seen(query, key, offset, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.con
 @triton.jit
 def _attend(
     out, largest, total, queries, k, v, k_start, k_stride, v_stride, keys, query, offset, window, scale, softcap, d,
-    begin, end, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    begin, end, split, gap, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Walks the key blocks of [begin, end)."""
-    for first in range(begin, end, BLOCK):
+    """Walks the key blocks of [begin, split) and [split + gap, end)."""
+    k_rows = _rows(k, k_start, k_stride, d, BLOCK)
+    v_rows = _rows(v, k_start, v_stride, d, BLOCK)
+    for step in range(begin, end - gap, BLOCK):
+        first = step + tl.where(step >= split, gap, 0)
         key = first + tl.arange(0, BLOCK)
-        block = _load_rows(k, k_start, key, keys, k_stride, d, MASKED, D, WIDTH)
+        block = _load_rows(k_rows + tl.cast(first, tl.int64) * k_stride, key, keys, d, MASKED, D, WIDTH)
         s = tl.dot(queries, tl.trans(block), input_precision="ieee")
         s, _ = _exponent(s, scale, softcap, SOFTCAP)
         if MASKED:
@@ -186,7 +194,7 @@ def _attend(
         p = tl.math.exp2(s - base[:, None])
         shrink = tl.math.exp2(largest - base)
         total = total * shrink + tl.sum(p, 1)
-        block = _load_rows(v, k_start, key, keys, v_stride, d, MASKED, D, WIDTH)
+        block = _load_rows(v_rows + tl.cast(first, tl.int64) * v_stride, key, keys, d, MASKED, D, WIDTH)
         out = tl.dot(p.to(block.dtype), block, out * shrink[:, None], input_precision="ieee")
         largest = high
     return out, largest, total
@@ -233,7 +241,8 @@ def forward_kernel(
     if first < queries:
         query = first + tl.arange(0, OWN)
         d = tl.arange(0, WIDTH)
-        block = _load_rows(q + head * q_head, q_start, query, queries, q_token, d, True, D, WIDTH)
+        pointers = _rows(q + head * q_head, q_start + first, q_token, d, OWN)
+        block = _load_rows(pointers, query, queries, d, True, D, WIDTH)
         acc = tl.zeros([OWN, WIDTH], tl.float32)
         largest = tl.full([OWN], -float("inf"), tl.float32)
         total = tl.zeros([OWN], tl.float32)
@@ -241,21 +250,16 @@ def forward_kernel(
         v_rows = v + head // GROUP * v_head
         offset = keys - queries
         begin, whole, rest, end = _key_ranges(first, queries, keys, window, CAUSAL, WINDOW, OWN, BLOCK)
-        if WINDOW:
-            acc, largest, total = _attend(
-                acc, largest, total, block, k_rows, v_rows, k_start, k_token, v_token, keys, query, offset, window,
-                scale, softcap, d, begin, whole, True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
-            )  # fmt: skip
         acc, largest, total = _attend(
             acc, largest, total, block, k_rows, v_rows, k_start, k_token, v_token, keys, query, offset, window, scale,
-            softcap, d, whole, rest, False, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
+            softcap, d, whole, rest, rest, 0, False, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
         )  # fmt: skip
         acc, largest, total = _attend(
             acc, largest, total, block, k_rows, v_rows, k_start, k_token, v_token, keys, query, offset, window, scale,
-            softcap, d, rest, end, True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
+            softcap, d, begin, end, whole, rest - whole, True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
         )  # fmt: skip
         blind = total == 0.0
-        acc = acc / tl.where(blind, 1.0, total)[:, None]
+        acc = acc * (1.0 / tl.where(blind, 1.0, total))[:, None]
         inside = query < queries
         at = ((q_start + query) * HEADS + head) * D
         mask = inside[:, None] & (d < D)[None, :]
@@ -271,11 +275,14 @@ def delta_kernel(
     DLSE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """delta [heads, tokens] = rowsum(out * dout) - dlse; a program for OWN tokens of a head."""
-    token = tl.program_id(0).to(tl.int64) * OWN + tl.arange(0, OWN)
+    start = tl.program_id(0).to(tl.int64) * OWN
+    token = start + tl.arange(0, OWN)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDTH)
-    o = _load_rows(out + head * out_head, 0, token, tokens, out_token, d, True, D, WIDTH).to(tl.float32)
-    g = _load_rows(dout + head * dout_head, 0, token, tokens, dout_token, d, True, D, WIDTH).to(tl.float32)
+    o = _load_rows(_rows(out + head * out_head, start, out_token, d, OWN), token, tokens, d, True, D, WIDTH)
+    g = _load_rows(_rows(dout + head * dout_head, start, dout_token, d, OWN), token, tokens, d, True, D, WIDTH)
+    o = o.to(tl.float32)
+    g = g.to(tl.float32)
     total = tl.sum(o * g, 1)
     at = head * tokens + token
     if DLSE:
@@ -296,16 +303,20 @@ def _statistics(lse, delta, at, query, queries):
 @triton.jit
 def _gather_dkdv(
     dk, dv, keys_block, values_block, q, dout, lse, delta, q_start, q_stride, dout_stride, queries, keys, key, offset,
-    window, scale, softcap, d, begin, end, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    window, scale, softcap, d, begin, end, split, gap, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Walks the query blocks of [begin, end). Scores are transposed, so that p and ds are left operands.
+    """Walks the query blocks of [begin, split) and [split + gap, end).
 
-    Queries past the end need no mask: their lse makes their probabilities 0.
+    Scores are transposed, so that p and ds are left operands. Queries past the end need no mask: their lse makes their
+    probabilities 0.
     """
-    for first in range(begin, end, BLOCK):
+    q_rows = _rows(q, q_start, q_stride, d, BLOCK)
+    dout_rows = _rows(dout, q_start, dout_stride, d, BLOCK)
+    for step in range(begin, end - gap, BLOCK):
+        first = step + tl.where(step >= split, gap, 0)
         query = first + tl.arange(0, BLOCK)
-        q_block = _load_rows(q, q_start, query, queries, q_stride, d, True, D, WIDTH)
+        q_block = _load_rows(q_rows + tl.cast(first, tl.int64) * q_stride, query, queries, d, True, D, WIDTH)
         s, slope = _exponent(
             tl.dot(keys_block, tl.trans(q_block), input_precision="ieee"), scale, softcap, SOFTCAP
         )  # fmt: skip
@@ -313,7 +324,8 @@ def _gather_dkdv(
         p = tl.math.exp2(s - row_lse[None, :])
         if MASKED:
             p = tl.where(_seen(query[None, :], key[:, None], offset, keys, window, CAUSAL, WINDOW), p, 0.0)
-        dout_block = _load_rows(dout, q_start, query, queries, dout_stride, d, True, D, WIDTH)
+        pointers = dout_rows + tl.cast(first, tl.int64) * dout_stride
+        dout_block = _load_rows(pointers, query, queries, d, True, D, WIDTH)
         dv = tl.dot(p.to(dout_block.dtype), dout_block, dv, input_precision="ieee")
         dp = tl.dot(values_block, tl.trans(dout_block), input_precision="ieee")
         ds = p * (dp - row_delta[None, :])
@@ -338,8 +350,10 @@ def dkdv_kernel(
     if first < keys:
         key = first + tl.arange(0, OWN)
         d = tl.arange(0, WIDTH)
-        keys_block = _load_rows(k + kv_head * k_head, k_start, key, keys, k_token, d, True, D, WIDTH)
-        values_block = _load_rows(v + kv_head * v_head, k_start, key, keys, v_token, d, True, D, WIDTH)
+        pointers = _rows(k + kv_head * k_head, k_start + first, k_token, d, OWN)
+        keys_block = _load_rows(pointers, key, keys, d, True, D, WIDTH)
+        pointers = _rows(v + kv_head * v_head, k_start + first, v_token, d, OWN)
+        values_block = _load_rows(pointers, key, keys, d, True, D, WIDTH)
         acc_k = tl.zeros([OWN, WIDTH], tl.float32)
         acc_v = tl.zeros([OWN, WIDTH], tl.float32)
         offset = keys - queries
@@ -366,20 +380,14 @@ def dkdv_kernel(
             if CAUSAL:
                 acc_k, acc_v = _gather_dkdv(
                     acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
-                    dout_token, queries, keys, key, offset, window, scale, softcap, d, begin, whole, True, CAUSAL,
-                    WINDOW, SOFTCAP, D, WIDTH, BLOCK,
+                    dout_token, queries, keys, key, offset, window, scale, softcap, d, begin, end, whole, rest - whole,
+                    True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
                 )  # fmt: skip
             acc_k, acc_v = _gather_dkdv(
                 acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
-                dout_token, queries, keys, key, offset, window, scale, softcap, d, whole, rest, False, CAUSAL, WINDOW,
-                SOFTCAP, D, WIDTH, BLOCK,
+                dout_token, queries, keys, key, offset, window, scale, softcap, d, whole, rest, rest, 0, False, CAUSAL,
+                WINDOW, SOFTCAP, D, WIDTH, BLOCK,
             )  # fmt: skip
-            if WINDOW:
-                acc_k, acc_v = _gather_dkdv(
-                    acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
-                    dout_token, queries, keys, key, offset, window, scale, softcap, d, rest, end, True, CAUSAL, WINDOW,
-                    SOFTCAP, D, WIDTH, BLOCK,
-                )  # fmt: skip
         at = ((k_start + key) * HEADS + kv_head)[:, None] * D + d[None, :]
         mask = (key < keys)[:, None] & (d < D)[None, :]
         tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=mask)
@@ -389,20 +397,23 @@ def dkdv_kernel(
 @triton.jit
 def _gather_dq(
     dq, queries_block, dout_block, row_lse, row_delta, k, v, k_start, k_stride, v_stride, keys, query, offset, window,
-    scale, softcap, d, begin, end, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    scale, softcap, d, begin, end, split, gap, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Walks the key blocks of [begin, end)."""
-    for first in range(begin, end, BLOCK):
+    """Walks the key blocks of [begin, split) and [split + gap, end)."""
+    k_rows = _rows(k, k_start, k_stride, d, BLOCK)
+    v_rows = _rows(v, k_start, v_stride, d, BLOCK)
+    for step in range(begin, end - gap, BLOCK):
+        first = step + tl.where(step >= split, gap, 0)
         key = first + tl.arange(0, BLOCK)
-        k_block = _load_rows(k, k_start, key, keys, k_stride, d, MASKED, D, WIDTH)
+        k_block = _load_rows(k_rows + tl.cast(first, tl.int64) * k_stride, key, keys, d, MASKED, D, WIDTH)
         s, slope = _exponent(
             tl.dot(queries_block, tl.trans(k_block), input_precision="ieee"), scale, softcap, SOFTCAP
         )  # fmt: skip
         p = tl.math.exp2(s - row_lse[:, None])
         if MASKED:
             p = tl.where(_seen(query[:, None], key[None, :], offset, keys, window, CAUSAL, WINDOW), p, 0.0)
-        v_block = _load_rows(v, k_start, key, keys, v_stride, d, MASKED, D, WIDTH)
+        v_block = _load_rows(v_rows + tl.cast(first, tl.int64) * v_stride, key, keys, d, MASKED, D, WIDTH)
         ds = p * (tl.dot(dout_block, tl.trans(v_block), input_precision="ieee") - row_delta[:, None])
         if SOFTCAP:
             ds *= slope
@@ -426,8 +437,10 @@ def dq_kernel(
     if first < queries:
         query = first + tl.arange(0, OWN)
         d = tl.arange(0, WIDTH)
-        queries_block = _load_rows(q + head * q_head, q_start, query, queries, q_token, d, True, D, WIDTH)
-        dout_block = _load_rows(dout + head * dout_head, q_start, query, queries, dout_token, d, True, D, WIDTH)
+        pointers = _rows(q + head * q_head, q_start + first, q_token, d, OWN)
+        queries_block = _load_rows(pointers, query, queries, d, True, D, WIDTH)
+        pointers = _rows(dout + head * dout_head, q_start + first, dout_token, d, OWN)
+        dout_block = _load_rows(pointers, query, queries, d, True, D, WIDTH)
         at = head * query_tokens
         row_lse, row_delta = _statistics(lse + at, delta + at, q_start, query, queries)
         acc = tl.zeros([OWN, WIDTH], tl.float32)
@@ -435,18 +448,14 @@ def dq_kernel(
         v_rows = v + head // GROUP * v_head
         offset = keys - queries
         begin, whole, rest, end = _key_ranges(first, queries, keys, window, CAUSAL, WINDOW, OWN, BLOCK)
-        if WINDOW:
-            acc = _gather_dq(
-                acc, queries_block, dout_block, row_lse, row_delta, k_rows, v_rows, k_start, k_token, v_token, keys,
-                query, offset, window, scale, softcap, d, begin, whole, True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
-            )  # fmt: skip
         acc = _gather_dq(
             acc, queries_block, dout_block, row_lse, row_delta, k_rows, v_rows, k_start, k_token, v_token, keys, query,
-            offset, window, scale, softcap, d, whole, rest, False, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
+            offset, window, scale, softcap, d, whole, rest, rest, 0, False, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
         )  # fmt: skip
         acc = _gather_dq(
             acc, queries_block, dout_block, row_lse, row_delta, k_rows, v_rows, k_start, k_token, v_token, keys, query,
-            offset, window, scale, softcap, d, rest, end, True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
+            offset, window, scale, softcap, d, begin, end, whole, rest - whole, True, CAUSAL, WINDOW, SOFTCAP, D,
+            WIDTH, BLOCK,
         )  # fmt: skip
         mask = (query < queries)[:, None] & (d < D)[None, :]
         out = ((q_start + query) * HEADS + head)[:, None] * D + d[None, :]

@@ -62,29 +62,32 @@ def forward_kernel(
     trained = label != ignore_index
     known = (label >= 0) & (label < cols)
     row_logits = logits + row * logits_stride
-    largest = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    products = tl.zeros([BLOCK], tl.float32)  # of exp(x - largest) and x - largest
-    plain = tl.zeros([BLOCK], tl.float32)
+    # A thread loads 8 neighbours at a time. They share a maximum, so that moving to a new one takes one exponential for
+    # all 8, and nothing is exchanged between threads until the row is read.
+    GROUPS: tl.constexpr = BLOCK // 8
+    largest = tl.full([GROUPS], -float("inf"), tl.float32)
+    total = tl.zeros([GROUPS], tl.float32)
+    products = tl.zeros([GROUPS], tl.float32)  # of exp(x - largest) and x - largest
+    plain = tl.zeros([GROUPS], tl.float32)
     of_label = 0.0
     if trained:
         for start in range(0, cols, BLOCK):
-            col = start + tl.arange(0, BLOCK)
+            col = start + tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
             inside = col < cols
             x = _capped(tl.load(row_logits + col, mask=inside, other=0.0), softcap, SOFTCAP)
             if SMOOTH:
-                plain += tl.where(inside, x, 0.0)
+                plain += tl.sum(tl.where(inside, x, 0.0), 1)
             x = tl.where(inside, x, -float("inf"))
-            # Each lane has its own maximum: nothing is exchanged between threads until the row is read.
-            high = tl.maximum(largest, x)
+            high = tl.maximum(largest, tl.max(x, 1))
             base = tl.where(high == -float("inf"), 0.0, high)
             shrink = tl.math.exp2((largest - base) * LOG2E)
-            weight = tl.math.exp2((x - base) * LOG2E)
+            weight = tl.math.exp2((x - base[:, None]) * LOG2E)
             if STATS:
                 # sum w' (x - high) = shrink * (sum w (x - largest) + (largest - high) * sum w)
                 moved = tl.where(total > 0.0, (largest - base) * total, 0.0)
-                products = shrink * (products + moved) + tl.where(weight > 0.0, weight * (x - base), 0.0)
-            total = total * shrink + weight
+                here = tl.where(weight > 0.0, weight * (x - base[:, None]), 0.0)
+                products = shrink * (products + moved) + tl.sum(here, 1)
+            total = total * shrink + tl.sum(weight, 1)
             largest = high
         of_label = _capped(tl.load(row_logits + label, mask=known, other=0.0), softcap, SOFTCAP)
     high = tl.max(largest, 0)
@@ -132,7 +135,7 @@ def backward_kernel(
 
 
 def _launch_options(cols: int) -> dict[str, int]:
-    block = min(WIDEST, next_power_of_2(cols))
+    block = min(WIDEST, max(8, next_power_of_2(cols)))
     return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
 
 

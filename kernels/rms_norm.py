@@ -1,8 +1,8 @@
 """RMSNorm, with the residual addition in front of it: h = x + residual, y = round(h * rstd) * weight.
 
-Forward: a program has whole rows in registers, up to 16,384 columns; wider rows are walked twice. Backward: a fixed
-number of programs share the rows out, each sums its part of dw in registers, and a second kernel adds the parts up in a
-fixed order: the same bits every time, and no atomics.
+Forward: a program has whole rows in registers, up to 16,384 columns; wider rows are walked twice. Backward: one program
+for each processor, because every program writes a dw of its own; it loads the next rows while it sums over these. A
+second kernel adds the parts up in a fixed order: the same bits every time, and no atomics.
 """
 
 from __future__ import annotations
@@ -21,15 +21,24 @@ WIDEST_BACKWARD = 8192
 """Columns that a backward program keeps in registers, with their dw."""
 
 
-def tile(cols: int, widest: int) -> dict[str, int | bool]:
+# Without fused multiply-adds: where a thread has one element of a sum of products, the compiler would fuse its product
+# with the neighbour's, which differs in the last bit from the neighbour's with its own. The lanes of a warp would then
+# write different sums to one place.
+EXACT = {"enable_fp_fusion": False}
+
+
+def forward_tile(cols: int) -> dict[str, int | bool]:
     """Rows and columns of a program's tile, and its warps: 16 elements a thread, two loads of 16 bytes in 16 bits."""
-    block = min(next_power_of_2(cols), widest)
+    block = min(next_power_of_2(cols), WIDEST_FORWARD)
     rows = max(1, 1024 // block)
-    warps = min(16, max(1, rows * block // 512))
-    # Without fused multiply-adds: where a thread has one element of a sum of products, the compiler would fuse its
-    # product with the neighbour's, which differs in the last bit from the neighbour's with its own. The lanes of a warp
-    # would then write different sums to one place.
-    return {"ROWS": rows, "BLOCK": block, "WHOLE": cols <= block, "num_warps": warps, "enable_fp_fusion": False}
+    return {"ROWS": rows, "BLOCK": block, "WHOLE": cols <= block, "num_warps": min(16, max(1, rows * block // 512))}
+
+
+def backward_tile(cols: int) -> dict[str, int | bool]:
+    """As many warps as one program on a processor may use, 8 elements a thread: the fewest parts of dw."""
+    block = min(next_power_of_2(cols), WIDEST_BACKWARD)
+    whole = cols <= block
+    return {"ROWS": max(1, 4096 // block) if whole else 1, "BLOCK": block, "WHOLE": whole, "num_warps": 16}
 
 
 @triton.jit
@@ -103,6 +112,16 @@ def _gradient(dy, dh, x_hat, g, mean, rstd, at_dh, inside, dx, ADD: tl.constexpr
     return d.to(dx.dtype.element_ty)
 
 
+@triton.jit
+def _rows_of(h, dy, rstd, row, h_stride, dy_stride, col, col_inside, end):
+    """h, dy and rstd of the rows before `end`; zeros for the others."""
+    row_inside = row < end
+    inside = row_inside[:, None] & col_inside[None, :]
+    v = tl.load(h + row[:, None] * h_stride + col[None, :], mask=inside, other=0.0)
+    d = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=inside, other=0.0)
+    return v, d, tl.load(rstd + row, mask=row_inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def backward_kernel(
     dy, dh, h, weight, rstd, dx, partial, dy_stride, dh_stride, h_stride, rows, rows_each, cols,
@@ -116,13 +135,21 @@ def backward_kernel(
         col_inside = col < cols
         w = tl.load(weight + col, mask=col_inside, other=0.0).to(tl.float32)
         dw = tl.zeros([ROWS, BLOCK], tl.float32)
+        row = first + tl.arange(0, ROWS)
+        next_v, next_d, next_scale = _rows_of(
+            h, dy, rstd, row, h_stride, dy_stride, col, col_inside, rows
+        )  # fmt: skip
         for start in range(0, rows_each, ROWS):
             row = first + start + tl.arange(0, ROWS)
-            row_inside = row < rows
-            inside = row_inside[:, None] & col_inside[None, :]
-            v = tl.load(h + row[:, None] * h_stride + col[None, :], mask=inside, other=0.0)
-            d = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-            scale = tl.load(rstd + row, mask=row_inside, other=0.0)
+            inside = (row < rows)[:, None] & col_inside[None, :]
+            v = next_v
+            scale = next_scale
+            d = next_d.to(tl.float32)
+            # On their way while this row's sum is made; in the last turn there are none.
+            next_v, next_d, next_scale = _rows_of(
+                h, dy, rstd, row + ROWS, h_stride, dy_stride, col, col_inside,
+                tl.where(start + ROWS < rows_each, rows, 0),
+            )  # fmt: skip
             x_hat = v.to(tl.float32) * scale[:, None]
             g = d * w[None, :]
             mean = tl.sum(g * x_hat, 1) / cols
@@ -196,7 +223,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     y = x.new_empty((rows, cols), dtype=torch.promote_types(x.dtype, weight.dtype))
     h = x.new_empty(0 if residual is None else (rows, cols))
     rstd = x.new_empty(rows, dtype=torch.float32)
-    options = tile(cols, WIDEST_FORWARD)
+    options = forward_tile(cols) | EXACT
     if rows:
         with on_device_of(x):
             forward_kernel[(cdiv(rows, options["ROWS"]),)](
@@ -225,14 +252,10 @@ def backward(
     """
     rows, cols = h.shape
     dx = h.new_empty((rows, cols))
-    dw = h.new_empty(cols if want_dw else 0, dtype=torch.float32)
-    options = tile(cols, WIDEST_BACKWARD)
-    if not options["WHOLE"]:
-        options["ROWS"] = 1
+    options = backward_tile(cols) | EXACT
     if not rows:
-        return dx, dw.zero_()
-    # As many programs as run at once, so that there are few parts of dw.
-    programs = min(cdiv(rows, options["ROWS"]), processors(h) * max(1, 16 // options["num_warps"]))
+        return dx, h.new_zeros(cols if want_dw else 0, dtype=torch.float32)
+    programs = min(cdiv(rows, options["ROWS"]), processors(h))
     rows_each = cdiv(cdiv(rows, programs), options["ROWS"]) * options["ROWS"]
     programs = cdiv(rows, rows_each)
     partial = h.new_empty((programs, cols) if want_dw else 0, dtype=torch.float32)
@@ -242,6 +265,13 @@ def backward(
             dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), rows, rows_each, cols,
             ADD=dh is not None, WEIGHT=want_dw, **options,
         )  # fmt: skip
-        if want_dw:
-            sum_rows_kernel[(cdiv(cols, 64),)](partial, dw, programs, cols, ROWS=32, BLOCK=64, num_warps=4)
-    return dx, dw
+    return dx, sum_rows(partial) if want_dw else h.new_empty(0, dtype=torch.float32)
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum ``[H]`` over the rows of x ``[R, H]``, float32, contiguous, in an order that hangs on R alone."""
+    rows, cols = x.shape
+    total = x.new_empty(cols)
+    with on_device_of(x):
+        sum_rows_kernel[(cdiv(cols, 64),)](x, total, rows, cols, ROWS=32, BLOCK=64, num_warps=4)
+    return total

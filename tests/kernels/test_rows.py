@@ -136,7 +136,7 @@ def test_cross_entropy(machine, dtype, cols, options):
     want = distribution.log_prob(labels.clamp(min=0))[trained]
     torch.testing.assert_close(log_prob[trained].double(), want, rtol=1e-5, atol=1e-5)
     assert correct[trained].equal((x.gather(-1, labels.clamp(min=0)[:, None])[:, 0] >= x.amax(-1))[trained])
-    assert not (log_prob[~trained].any() or entropy[~trained].any() or correct[~trained].any())
+    assert not any(stat[~trained].any() for stat in (log_prob, entropy, correct))
 
 
 @pytest.mark.parametrize("label", [-1, 101, 2**40, -(2**40)])

@@ -1,0 +1,115 @@
+"""The bars of what the Triton kernels become on a GPU; and that the program which prints them would notice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks import gpu_static
+from benchmarks.ahead_of_time import TARGETS, Resources
+from benchmarks.gpu_bound import DEVICES, bound, cycles
+from tests.conftest import INTERPRETING
+from tests.ptxsim import Counts
+from tests.ptxsim.counting import Requests
+
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="compiles kernels, which TRITON_INTERPRET=1 prevents")
+
+
+def broken(target: str, dtype: torch.dtype, cases: list[gpu_static.Case]) -> list[str]:
+    rows = [row for case in cases for row in gpu_static.rows_of(case, target, dtype)]
+    assert rows
+    return [line for row in rows for line in gpu_static.broken_bars(target, dtype, row, rows)]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dims", [(), (64,), (128,)], ids=["rows", "heads of 64", "heads of 128"])
+def test_bars(target, head_dims):
+    cases = gpu_static.cases(head_dims, every_option=False)
+    wanted = [case for case in cases if (case.op == "attention") == bool(head_dims)]
+    assert broken(target, torch.bfloat16, wanted) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bars_of_everything(target, dtype):
+    assert broken(target, dtype, gpu_static.cases((16, 64, 96, 128, 256), every_option=True)) == []
+
+
+GOOD = Resources(32, 0, 0, 1024, 128, {"HMMA": 8, "LDGSTS": 4}, 128)
+
+
+def row(resources: Resources = GOOD, **changes) -> gpu_static.Row:
+    fields = {"op": "attention", "kernel": "dq", "shape": "", "config": "", "resources": resources} | changes
+    return gpu_static.Row(**fields)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stack": 8}, "stack 8 bytes"),
+        ({"spills": 4}, "spills 4 bytes"),
+        ({"shared": 164 * 1024}, "past 163 KiB"),
+        ({"widest": 64}, "its widest load has 64 bits"),
+        ({"instructions": {"LDGSTS": 4}}, "no tensor-core instruction"),
+        ({"instructions": {"HMMA": 4}}, "no asynchronous copy"),
+    ],
+)
+def test_what_was_compiled_badly_is_named(changes, message):
+    assert gpu_static.broken_bars("sm_80", torch.bfloat16, row(), []) == []
+    (line,) = gpu_static.broken_bars("sm_80", torch.bfloat16, row(Resources(**(vars(GOOD) | changes))), [])
+    assert message in line
+
+
+def counts(**changes) -> Counts:
+    """Of a kernel that moves 6,400 bytes as it should."""
+    loads = Requests(requests=10, bytes=3200, unique_bytes=3200, wide_bytes=3200, units=100, fewest_units=100)
+    stores = Requests(requests=10, bytes=3200, unique_bytes=3200, wide_bytes=3200, units=100, fewest_units=100)
+    fields = {"ctas": 1, "loads": loads, "stores": stores, "loaded": Counter(x=3200), "stored": Counter(y=3200)}
+    return Counts(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loaded": Counter(x=3600)}, "traffic 1.062 times"),
+        ({"loads": Requests(10, 3200, 3200, 3200, 110, 100)}, "loads use 90.9% of their sectors"),
+        ({"stores": Requests(10, 3200, 3200, 3200, 110, 100)}, "stores use 90.9% of their sectors"),
+        ({"stores": Requests(10, 3200, 3200, 0, 100, 100)}, "50.0% of its global bytes move 16 at a time"),
+        ({"shared_loads": Requests(10, 3200, 3200, 3200, 12, 10)}, "0.20 bank conflicts a request of shared loads"),
+        ({"shared_stores": Requests(10, 3200, 3200, 3200, 12, 10)}, "0.20 bank conflicts a request of shared stores"),
+    ],
+)
+def test_what_moves_badly_is_named(changes, message):
+    good = row(op="swiglu", kernel="forward", counts=counts(), least=6400.0)
+    assert gpu_static.broken_bars("sm_80", torch.bfloat16, good, [good]) == []
+    bad = row(op="swiglu", kernel="forward", counts=counts(**changes), least=6400.0)
+    (line,) = gpu_static.broken_bars("sm_80", torch.bfloat16, bad, [bad])
+    assert message in line
+
+
+def test_a_bound_by_hand():
+    """One SM's worth of each unit, from the rates of the vendor's tables."""
+    device = DEVICES["sm_80"]
+    executed = {
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": 108 * 10,  # 2,048 products each, 1,024 a cycle
+        "ex2.approx.ftz.f32": 108 * 7,  # 32 of a warp, 16 a cycle
+        "fma.rn.f32": 108 * 6,  # 64 a cycle
+        "mov.b32": 10**6,
+    }
+    needs = cycles(Counts(instructions=Counter(executed), distinct=1555 * 1410), device)
+    assert needs["tensor"] == pytest.approx(20)
+    assert needs["special"] == pytest.approx(14)
+    assert needs["float32"] == pytest.approx(3)
+    assert needs["issue"] == pytest.approx(23 / 4)
+    assert needs["dram"] == pytest.approx(1410 * 1.41)  # 1.41 us
+    assert bound(needs, device) == ("dram", pytest.approx(1.41))
+    with pytest.raises(ValueError, match="not in the table"):
+        cycles(Counts(instructions=Counter({"frob.b32.x": 1})), device)
+
+
+def test_every_instruction_of_ptxsim_that_is_plain_has_a_cost():
+    for opcode in ("add.s64", "setp.lt.and.f32", "cvt.rn.bf16x2.f32", "lop3.b32", "ld.global.v4.b32", "selp.f32"):
+        assert cycles(Counts(instructions=Counter({opcode: 1})), DEVICES["sm_90"])["issue"] > 0
