@@ -276,3 +276,37 @@ def test_barriers_of_warps_that_come_one_by_one() -> None:
     counts = launch(lines, threads=64)
     assert counts.barriers == 1
     assert (counts.instructions["bar.sync"], counts.lanes["bar.sync"]) == (2, 64)
+
+
+def test_wide_bytes_are_those_of_16_byte_accesses() -> None:
+    for size, wide in ((8, 0), (16, 512)):
+        lines = [*indexed("%lane", 0, size), f"ld.global.{TYPE[size]} {VALUE[size]}, [%d9];"]
+        assert launch(lines, x=aligned(4096)).loads.wide_bytes == wide
+
+
+def test_distinct_sectors_of_all_ctas() -> None:
+    """3 CTAs load the same 128 bytes, and store 128 each."""
+    lines = [*element("%x", "%thread", 4, "%d0"), "ld.global.b32 %r0, [%d0];"]
+    lines += ["mad.lo.u32 %r1, %block, 32, %thread;", *element("%y", "%r1", 4, "%d1"), "st.global.b32 [%d1], %r0;"]
+    counts = launch(lines, ctas=3, x=aligned(32), y=aligned(96))
+    assert counts.traffic == 3 * 128 + 3 * 128
+    assert counts.distinct == 128 + 3 * 128
+
+
+def test_bytes_that_wgmma_reads() -> None:
+    """A [64, 16] and B [8, 16] of 2 bytes for each of two warpgroups; with A in registers B alone."""
+    lines = [
+        "shl.b32 %r60, %lane, 4;", "mov.b32 %r61, sm;", "add.u32 %r60, %r60, %r61;", "mov.b32 %r62, 0;",
+        "setp.lt.u32 %p1, %thread, 32;", ".reg .f32 %f<4>;", "mov.b64 %d0, 0x0000000800400000;",
+        "setp.ne.u32 %p0, 1, 1;", *(f"mov.b32 %r{i}, 0;" for i in range(4)),
+        *(f"@%p1 st.shared.v4.b32 [%r60+{512 * i}], {{%r62, %r62, %r62, %r62}};" for i in range(8)),
+        "fence.proxy.async.shared::cta;", "bar.sync 0;", "wgmma.fence.sync.aligned;", "A;",
+        "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;",
+    ]  # fmt: skip
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, "
+    for rest, want in (
+        ("%d0, %d0, %p0, 1, 1, 0, 0;", 2 * (2048 + 256)),
+        ("{%r0, %r1, %r2, %r3}, %d0, %p0, 1, 1, 0;", 2 * 256),
+    ):
+        program = [product + rest if line == "A;" else line for line in lines]
+        assert launch(program, threads=256, shared=4096).operand_bytes == want

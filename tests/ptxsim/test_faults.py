@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.ptxsim import Counts, Fault, Kernel, Unsupported
+from tests.ptxsim.memory import Watch
 from tests.ptxsim.snippets import element, entry, module
 
 KEEP = [*element("%out", "%thread", 4, "%d20"), "st.global.b32 [%d20], %r0;"]
@@ -807,3 +808,47 @@ def test_results_come_back_after_a_fault_in_none_of_the_arrays() -> None:
     lines = [*MINE, "st.global.b32 [%d0], 5;", "ld.shared.b32 %r0, [sm];"]
     faults("nobody has written", lines, out=out)
     assert not out.any()
+
+
+# ---- races, at random ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_races_are_those_that_a_list_of_all_accesses_shows(seed: int) -> None:
+    """The watch keeps two numbers a word; here every access is kept, with the barriers before it."""
+    draw = np.random.default_rng(seed)
+    watch = Watch(3)
+    watch.begin(96)
+    past: list[tuple[str, int, int, int, int]] = []  # kind, word, thread, barriers of its warp, barriers of the CTA
+    warp_barriers, cta_barriers = [0, 0, 0], 0
+    for _ in range(60):
+        step = draw.choice(["load", "store", "rows", "warp", "cta"], p=[0.45, 0.15, 0.1, 0.2, 0.1])
+        if step == "cta":
+            watch.barrier()
+            cta_barriers += 1
+            continue
+        if step == "warp":
+            warps = np.flatnonzero(draw.random(3) < 0.6)
+            watch.warp_barrier(warps)
+            for warp in warps:
+                warp_barriers[warp] += 1
+            continue
+        lanes = 1 if step == "store" else int(draw.integers(1, 4))
+        threads, words = draw.choice(96, lanes, replace=False), draw.integers(0, 3, lanes)
+        if step == "rows":  # as ldmatrix: each row for all lanes of the warp that names it
+            races = watch.load_by_many(words, threads)
+            now = [
+                ("load", w, 32 * (t // 32) + lane) for w, t in zip(words, threads, strict=True) for lane in range(32)
+            ]
+        else:
+            races = getattr(watch, step)(words, threads)
+            now = [(step, w, t) for w, t in zip(words, threads, strict=True)]
+        expected = any(
+            word == w and "store" in (kind, k) and t != thread and cta == cta_barriers
+            and not (t // 32 == thread // 32 and warp < warp_barriers[t // 32])
+            for kind, word, thread in now for k, w, t, warp, cta in past
+        )  # fmt: skip
+        assert races.any() == expected
+        if expected:
+            return  # the simulator stops here
+        past += [(kind, w, t, warp_barriers[t // 32], cta_barriers) for kind, w, t in now]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -176,3 +177,21 @@ def test_a_row_that_is_no_multiple_of_a_vector_is_out_of_alignment() -> None:
 def test_the_line_of_the_source_is_named() -> None:
     with pytest.raises(Fault, match=r"kernels\.cu:\d+, CTA \(0, 0, 0\) of row_norm"):
         run_row_norm(compiled(sync="", options=("-lineinfo",)))
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch) -> None:
+    text = Path(__file__).with_name("README.md").read_text()
+    cuda, python = (re.search(rf"```{name}\n(.*?)```", text, re.DOTALL)[1] for name in ("cuda", "python"))
+    monkeypatch.chdir(tmp_path)
+    compile_ = ["nvcc", "-ptx", "-arch=sm_80", "-lineinfo", "rows.cu"]
+    assert " ".join(compile_) in text
+    Path("rows.cu").write_text(cuda)
+    subprocess.run(compile_, check=True, capture_output=True)
+    exec(python, {})
+    Path("rows.cu").write_text(cuda.replace("__syncthreads();", ""))
+    subprocess.run(compile_, check=True, capture_output=True)
+    with pytest.raises(Fault) as caught:
+        exec(python, {})
+    message = text[text.index("    Fault: ") + 11 :].split("\n\n")[0].replace("\n    ", "\n")
+    # Registers are numbered as the compiler's version likes.
+    assert re.sub(r"%\w+", "%", str(caught.value)) == re.sub(r"%\w+", "%", message)
