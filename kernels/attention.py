@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemur_fast.kernels.common import LN2, LOG2E, architecture, next_power_of_2, on_device_of, tanh
+from lemur_fast.kernels.common import LN2, LOG2E, architecture, next_power_of_2, on_device_of, sigmoid, tanh
 
 
 class Tile(NamedTuple):
@@ -44,18 +44,33 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# By architecture and padded head dimension, for 16-bit inputs: tiles that compile without spills
-# (`python -m benchmarks.gpu_static` shows it). Others take those of sm_80.
+# By architecture and padded head dimension, for 16-bit inputs: tiles that compile without spills for every option
+# (`make gpu-static` shows it), of those the best by `python -m benchmarks.gpu_tiles`. Others take those of sm_80.
 TILES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
-        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 64, 8, 3)),
-        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(128, 32, 8, 3)),
-        256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(128, 32, 8, 3)),
+        256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "sm_90": {
-        64: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)),
-        256: Tiles(Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+        256: Tiles(Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    "sm_100": {
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
+        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+    },
+    "sm_120": {
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(128, 32, 8, 3)),
+        256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2)),
+    },
+    "gfx942": {
+        64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 16, 8, 2), Tile(128, 32, 8, 3)),
+        256: Tiles(Tile(64, 32, 4, 2), Tile(32, 16, 8, 2), Tile(64, 16, 8, 2)),
     },
 }
 
@@ -146,10 +161,14 @@ def _load_rows(pointers, row, length, d, MASKED: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def _exponent(product, scale, softcap, SOFTCAP: tl.constexpr):
+def _exponent(product, scale, softcap, SOFTCAP: tl.constexpr, dtype: tl.constexpr):
     """Scores in base 2, and the derivative of the softcap."""
     if SOFTCAP:
-        t = tanh(product * (scale / softcap))
+        x = product * (scale / softcap)
+        if dtype == tl.float32:
+            t = tanh(x)
+        else:
+            t = 1.0 - 2.0 * sigmoid(-2.0 * x)  # to 2^-22, which is far below the rounding of 16-bit inputs
         exponent = t * (softcap * LOG2E)
         slope = 1.0 - t * t
     else:
@@ -183,7 +202,7 @@ def _attend(
         key = first + tl.arange(0, BLOCK)
         block = _load_rows(k_rows + tl.cast(first, tl.int64) * k_stride, key, keys, d, MASKED, D, WIDTH)
         s = tl.dot(queries, tl.trans(block), input_precision="ieee")
-        s, _ = _exponent(s, scale, softcap, SOFTCAP)
+        s, _ = _exponent(s, scale, softcap, SOFTCAP, queries.dtype)
         if MASKED:
             s = tl.where(_seen(query[:, None], key[None, :], offset, keys, window, CAUSAL, WINDOW), s, -float("inf"))
         high = tl.maximum(largest, tl.max(s, 1))
@@ -317,9 +336,8 @@ def _gather_dkdv(
         first = step + tl.where(step >= split, gap, 0)
         query = first + tl.arange(0, BLOCK)
         q_block = _load_rows(q_rows + tl.cast(first, tl.int64) * q_stride, query, queries, d, True, D, WIDTH)
-        s, slope = _exponent(
-            tl.dot(keys_block, tl.trans(q_block), input_precision="ieee"), scale, softcap, SOFTCAP
-        )  # fmt: skip
+        s = tl.dot(keys_block, tl.trans(q_block), input_precision="ieee")
+        s, slope = _exponent(s, scale, softcap, SOFTCAP, q_block.dtype)
         row_lse, row_delta = _statistics(lse, delta, q_start, query, queries)
         p = tl.math.exp2(s - row_lse[None, :])
         if MASKED:
@@ -358,7 +376,8 @@ def dkdv_kernel(
         acc_v = tl.zeros([OWN, WIDTH], tl.float32)
         offset = keys - queries
         # Queries [begin, whole) and [rest, end) see some of the keys, those between see all. All but the end are
-        # multiples of BLOCK.
+        # multiples of BLOCK. Heads of 256 leave no registers for a second walk: the first one then masks all blocks.
+        ONE_WALK: tl.constexpr = CAUSAL and WIDTH > 128
         begin = 0
         whole = 0
         rest = queries
@@ -371,6 +390,8 @@ def dkdv_kernel(
                 end = tl.maximum(begin, tl.minimum(queries, last + window - offset))
                 rest = tl.maximum(begin, tl.minimum(end, tl.maximum(0, first + window - offset)) // BLOCK * BLOCK)
                 whole = tl.minimum(whole, rest)
+        if ONE_WALK:
+            rest = whole
         for member in range(0, GROUP):
             head = kv_head * GROUP + member
             q_rows = q + head * q_head
@@ -383,11 +404,12 @@ def dkdv_kernel(
                     dout_token, queries, keys, key, offset, window, scale, softcap, d, begin, end, whole, rest - whole,
                     True, CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
                 )  # fmt: skip
-            acc_k, acc_v = _gather_dkdv(
-                acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
-                dout_token, queries, keys, key, offset, window, scale, softcap, d, whole, rest, rest, 0, False, CAUSAL,
-                WINDOW, SOFTCAP, D, WIDTH, BLOCK,
-            )  # fmt: skip
+            if not ONE_WALK:
+                acc_k, acc_v = _gather_dkdv(
+                    acc_k, acc_v, keys_block, values_block, q_rows, dout_rows, row_lse, row_delta, q_start, q_token,
+                    dout_token, queries, keys, key, offset, window, scale, softcap, d, whole, rest, rest, 0, False,
+                    CAUSAL, WINDOW, SOFTCAP, D, WIDTH, BLOCK,
+                )  # fmt: skip
         at = ((k_start + key) * HEADS + kv_head)[:, None] * D + d[None, :]
         mask = (key < keys)[:, None] & (d < D)[None, :]
         tl.store(dk + at, (acc_k * scale).to(dk.dtype.element_ty), mask=mask)
@@ -407,9 +429,8 @@ def _gather_dq(
         first = step + tl.where(step >= split, gap, 0)
         key = first + tl.arange(0, BLOCK)
         k_block = _load_rows(k_rows + tl.cast(first, tl.int64) * k_stride, key, keys, d, MASKED, D, WIDTH)
-        s, slope = _exponent(
-            tl.dot(queries_block, tl.trans(k_block), input_precision="ieee"), scale, softcap, SOFTCAP
-        )  # fmt: skip
+        s = tl.dot(queries_block, tl.trans(k_block), input_precision="ieee")
+        s, slope = _exponent(s, scale, softcap, SOFTCAP, k_block.dtype)
         p = tl.math.exp2(s - row_lse[:, None])
         if MASKED:
             p = tl.where(_seen(query[:, None], key[None, :], offset, keys, window, CAUSAL, WINDOW), p, 0.0)

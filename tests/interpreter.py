@@ -93,6 +93,8 @@ def _refusing_bfloat16(original: Callable, operands: int) -> Callable:
 
 _NOBODY, _MANY = -1, -2
 
+_PAGE = 4096
+
 watch_races = True
 """Whether races are faults. Tests of input that no result is promised for switch it off."""
 
@@ -112,8 +114,11 @@ class _Watch:
                 ends.append(end)
         self.begin, self.end = np.array(self.starts, np.int64), np.array(ends, np.int64)
         self.base = np.concatenate([[0], np.cumsum(self.end - self.begin)])
-        self.stored = np.full(self.base[-1], _NOBODY, np.int32)
-        self.loaded = np.full(self.base[-1], _NOBODY, np.int32)
+        # Kept for the pages that are touched: tensors may have gaps of gigabytes. Slot 0 is no page's.
+        self.slots = np.zeros(self.base[-1] // _PAGE + 1, np.int32)
+        self.used = 1
+        self.stored = np.full(64 * _PAGE, _NOBODY, np.int32)
+        self.loaded = np.full(64 * _PAGE, _NOBODY, np.int32)
 
     def places(self, kind: str, addresses: np.ndarray, width: int) -> np.ndarray:
         """Index into `stored` and `loaded` of every address."""
@@ -123,7 +128,16 @@ class _Watch:
             raise Fault(f"{kind} out of bounds: {int(wrong.sum())} lanes, the first at {hex(int(addresses[wrong][0]))}")
         if (addresses % width).any():
             raise Fault(f"misaligned {kind} of {width} bytes")
-        return self.base[span] + addresses - self.begin[span]
+        offsets = self.base[span] + addresses - self.begin[span]
+        pages = offsets // _PAGE
+        new = np.unique(pages[self.slots[pages] == 0])
+        if len(new):
+            self.slots[new] = np.arange(self.used, self.used + len(new))
+            self.used += len(new)
+            while len(self.stored) < self.used * _PAGE:
+                self.stored = np.concatenate([self.stored, np.full_like(self.stored, _NOBODY)])
+                self.loaded = np.concatenate([self.loaded, np.full_like(self.loaded, _NOBODY)])
+        return self.slots[pages].astype(np.int64) * _PAGE + offsets % _PAGE
 
     def load(self, program: int, addresses: np.ndarray, width: int) -> None:
         at = self.places("load", addresses, width)
