@@ -24,22 +24,23 @@ from lemur_fast.kernels import common
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 108),
+    "sm_89": (GPUTarget("cuda", 89, 32), 128),
     "sm_90": (GPUTarget("cuda", 90, 32), 132),
     "sm_100": (GPUTarget("cuda", 100, 32), 148),
     "sm_120": (GPUTarget("cuda", 120, 32), 188),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 304),
 }
 """Architectures that kernels are compiled for: Triton's target, and the processors of a large device of its kind
-(A100, H100, B200, RTX PRO 6000, MI300X)."""
+(A100, RTX 4090, H100, B200, RTX PRO 6000, MI300X)."""
 
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """KiB of shared memory that a program may have. Sources: CUDA C++ Programming Guide, table of compute capabilities; AMD
 CDNA 3 ISA."""
 
-REGISTERS = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "sm_120": 65536, "gfx942": 131072}
+REGISTERS = dict.fromkeys(SHARED_LIMIT, 65536) | {"gfx942": 131072}
 """Registers of a processor, and the most threads it holds, from the same tables."""
 
-THREADS = {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
+THREADS = {"sm_80": 2048, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

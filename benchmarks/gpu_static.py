@@ -44,8 +44,8 @@ from lemur_fast.kernels import attention, common, cross_entropy, rms_norm, rotar
 from tests.ptxsim import Counts
 from tests.ptxsim.from_triton import execute
 
-TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "HMMA"), "sm_120": ("HMMA",)}
-"""Instructions by which products run on the tensor cores of each generation; on gfx942 they are v_mfma."""
+TENSOR_CORES = {"sm_90": ("HGMMA",), "sm_100": ("UTCHMMA", "HMMA"), "gfx942": ("v_mfma",)}
+"""Instructions by which products run on the tensor cores of a generation, where they are not HMMA."""
 
 TOKENS, WIDTH, INNER, HEADS, VOCABULARY = 4096, 4096, 11008, 32, 32000
 """LLaMA-2-7B's shapes."""
@@ -398,9 +398,9 @@ def broken_bars(target: str, dtype: torch.dtype, row: Row, rows: list[Row]) -> l
     if r.widest < 128:
         wrong.append(f"its widest load has {r.widest} bits")
     products = row.op == "attention" and row.kernel in ("forward", "dq", "dkdv") and dtype.itemsize == 2
-    if products and not r.count(*TENSOR_CORES.get(target, ("v_mfma",))):
+    if products and not r.count(*TENSOR_CORES.get(target, ("HMMA",))):
         wrong.append("no tensor-core instruction of this generation")
-    if products and target == "sm_80" and not r.count("LDGSTS"):
+    if products and target in ("sm_80", "sm_89") and not r.count("LDGSTS"):
         wrong.append("no asynchronous copy")
     if row.counts is not None:
         wrong += broken_counts(target, row, rows)

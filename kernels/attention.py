@@ -73,6 +73,7 @@ TILES: dict[str, dict[int, Tiles]] = {
         256: Tiles(Tile(64, 32, 4, 2), Tile(32, 16, 8, 2), Tile(64, 16, 8, 2)),
     },
 }
+TILES["sm_89"] = TILES["sm_120"]  # as little shared memory
 
 IN_FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 """For float32 inputs, on every architecture and in every product."""

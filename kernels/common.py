@@ -28,8 +28,15 @@ def _of_device(index: int) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0], properties.multi_processor_count
-    # Minor revisions of a generation have its instructions; tables are kept for the first of each.
-    return f"sm_{properties.major}0", properties.multi_processor_count
+    return _nearest(properties.major, properties.minor), properties.multi_processor_count
+
+
+def _nearest(major: int, minor: int) -> str:
+    """The architecture that stands for a compute capability in tables.
+
+    A generation's devices have its instructions, but those of Ampere and Ada that are no A100 have less shared memory.
+    """
+    return "sm_89" if (major, minor) in ((8, 6), (8, 9)) else f"sm_{major}0"
 
 
 _pretended = ("sm_80", 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lemur_fast.kernels import attention
+from lemur_fast.kernels import attention, common
 from tests import interpreter
 from tests.conftest import INTERPRETING, slow_compiled
 from tests.criterion import assert_as_good
@@ -109,3 +109,19 @@ def test_padding_of_boundaries_changes_nothing(machine, dtype):
     grads = attention.backward(dout, None, q, k, v, out, lse, cu, cu, PLAIN)
     again = attention.backward(dout, None, q, k, v, out, lse, padded, padded, PLAIN)
     assert all(map(torch.equal, grads, again))
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_89"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 1), "sm_120"),
+    ],
+)
+def test_every_generation_has_tiles(capability, name):
+    assert common._nearest(*capability) == name
+    assert attention.TILES[name].keys() == attention.TILES["sm_80"].keys()
