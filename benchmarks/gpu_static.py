@@ -290,7 +290,7 @@ def attention_case(head_dim: int, option: str = "") -> Case:
 
         def total(target: str, dtype: torch.dtype) -> float:
             with common.pretending(target, 1):
-                own = getattr(attention.tiles_for(torch.empty(1, 1, head_dim, dtype=dtype)), kind).own
+                own = getattr(attention.tiles_for(torch.empty(1, 1, head_dim, dtype=dtype), OPTIONS[option]), kind).own
             row, bytes_needed = head_dim * dtype.itemsize, 0
             for start in range(0, DOCUMENT, own):
                 rows = min(own, DOCUMENT - start)

@@ -56,7 +56,8 @@ class Arguments:
     stages: tuple[int, ...] = (1, 2, 3)
     """Candidates: stages of the pipeline."""
     all_options: bool = False
-    """Leave out what spills with a window, a softcap or without a causal mask, too."""
+    """Leave out what spills with a window or without a causal mask, too; for heads of 256 also with a softcap, which
+    takes the tiles of larger heads otherwise."""
     best: int = 6
     """How many of each kernel are shown."""
 
@@ -77,7 +78,7 @@ def using(target: str, head_dim: int, dtype: torch.dtype, tile: Tile) -> Iterato
     width = max(64, 1 << (head_dim - 1).bit_length())
     table = attention.IN_FLOAT32 if dtype == torch.float32 else attention.TILES.setdefault(target, {})
     before = table.get(width)
-    table[width] = tile if dtype == torch.float32 else Tiles(tile, tile, tile)
+    table[width] = Tiles(tile, tile, tile)
     try:
         yield
     finally:
@@ -123,6 +124,8 @@ def _try(job: tuple[str, str, int, str, int, Tile, bool]) -> Candidate | None:
     with using(target, head_dim, dtype, tile):
         found = None
         for name in OPTIONS if all_options else ("causal",):
+            if name == "softcap" and head_dim <= 128:
+                continue
             launch = launch_of(kernel, target, head_dim, dtype, tokens, False, name)
             r = resources(launch.compiled)
             if r.stack or r.spills or r.shared > SHARED_LIMIT[target] * 1024:

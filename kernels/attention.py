@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemur_fast.kernels.common import LN2, LOG2E, architecture, next_power_of_2, on_device_of, sigmoid, tanh
+from lemur_fast.kernels.common import LN2, LOG2E, architecture, next_power_of_2, on_device_of, tanh
 
 
 class Tile(NamedTuple):
@@ -45,7 +45,8 @@ class Tiles(NamedTuple):
 
 
 # By architecture and padded head dimension, for 16-bit inputs: tiles that compile without spills for every option
-# (`make gpu-static` shows it), of those the best by `python -m benchmarks.gpu_tiles`. Others take those of sm_80.
+# (`make gpu-static` shows it), of those the best by `python -m benchmarks.gpu_tiles`. Other devices take those of sm_80
+# or gfx942.
 TILES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
@@ -60,7 +61,7 @@ TILES: dict[str, dict[int, Tiles]] = {
     "sm_100": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
-        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
     },
     "sm_120": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
@@ -75,16 +76,12 @@ TILES: dict[str, dict[int, Tiles]] = {
 }
 TILES["sm_89"] = TILES["sm_120"]  # as little shared memory
 
-IN_FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
-"""For float32 inputs, on every architecture and in every product."""
-
-
-def tiles_for(q: Tensor) -> Tiles:
-    """The tiles for queries ``[T, Hq, D]``."""
-    width = max(64, next_power_of_2(q.shape[2]))
-    if q.element_size() > 2:
-        return Tiles(*[IN_FLOAT32[width]] * 3)
-    return TILES.get(architecture(q), TILES["sm_80"])[width]
+IN_FLOAT32 = {
+    64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
+    128: Tiles(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    256: Tiles(*[Tile(16, 16, 8, 1)] * 3),
+}
+"""For float32 inputs, on every architecture."""
 
 
 class Options(NamedTuple):
@@ -94,6 +91,22 @@ class Options(NamedTuple):
     window: int
     softcap: float
     scale: float
+
+
+def _without_idle_window(options: Options, key_tokens: int) -> Options:
+    """No window where it is as long as all keys: its sums with positions would pass 32 bits."""
+    return options._replace(window=0) if options.window >= key_tokens else options
+
+
+def tiles_for(q: Tensor, options: Options) -> Tiles:
+    """The tiles for queries ``[T, Hq, D]``."""
+    width = max(64, next_power_of_2(q.shape[2]))
+    if options.softcap:
+        width = min(256, 2 * width)  # its derivative takes the registers of a larger head
+    if q.element_size() > 2:
+        return IN_FLOAT32[width]
+    name = architecture(q)
+    return TILES.get(name, TILES["gfx942" if name.startswith("gfx") else "sm_80"])[width]
 
 
 # ---- which tokens a tile has -----------------------------------------------------------------------------------------
@@ -162,14 +175,26 @@ def _load_rows(pointers, row, length, d, MASKED: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def _exponent(product, scale, softcap, SOFTCAP: tl.constexpr, dtype: tl.constexpr):
+def _products(a, b):
+    """[A, B] products of the rows of a [A, WIDTH] and of b [B, WIDTH].
+
+    In float32, which tensor cores do not have, a thread holds whole rows: so they are cut to 32 and summed afterwards.
+    """
+    CUTS: tl.constexpr = a.shape[1] // 32
+    if a.dtype == tl.float32 and CUTS > 1:
+        a_cut = tl.permute(tl.reshape(a, [a.shape[0], CUTS, 32]), [1, 0, 2])
+        b_cut = tl.permute(tl.reshape(b, [b.shape[0], CUTS, 32]), [1, 2, 0])
+        s = tl.sum(tl.dot(a_cut, b_cut, input_precision="ieee"), 0)
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _exponent(product, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in base 2, and the derivative of the softcap."""
     if SOFTCAP:
-        x = product * (scale / softcap)
-        if dtype == tl.float32:
-            t = tanh(x)
-        else:
-            t = 1.0 - 2.0 * sigmoid(-2.0 * x)  # to 2^-22, which is far below the rounding of 16-bit inputs
+        t = tanh(product * (scale / softcap))
         exponent = t * (softcap * LOG2E)
         slope = 1.0 - t * t
     else:
@@ -202,8 +227,8 @@ def _attend(
         first = step + tl.where(step >= split, gap, 0)
         key = first + tl.arange(0, BLOCK)
         block = _load_rows(k_rows + tl.cast(first, tl.int64) * k_stride, key, keys, d, MASKED, D, WIDTH)
-        s = tl.dot(queries, tl.trans(block), input_precision="ieee")
-        s, _ = _exponent(s, scale, softcap, SOFTCAP, queries.dtype)
+        s = _products(queries, block)
+        s, _ = _exponent(s, scale, softcap, SOFTCAP)
         if MASKED:
             s = tl.where(_seen(query[:, None], key[None, :], offset, keys, window, CAUSAL, WINDOW), s, -float("inf"))
         high = tl.maximum(largest, tl.max(s, 1))
@@ -337,8 +362,8 @@ def _gather_dkdv(
         first = step + tl.where(step >= split, gap, 0)
         query = first + tl.arange(0, BLOCK)
         q_block = _load_rows(q_rows + tl.cast(first, tl.int64) * q_stride, query, queries, d, True, D, WIDTH)
-        s = tl.dot(keys_block, tl.trans(q_block), input_precision="ieee")
-        s, slope = _exponent(s, scale, softcap, SOFTCAP, q_block.dtype)
+        s = _products(keys_block, q_block)
+        s, slope = _exponent(s, scale, softcap, SOFTCAP)
         row_lse, row_delta = _statistics(lse, delta, q_start, query, queries)
         p = tl.math.exp2(s - row_lse[None, :])
         if MASKED:
@@ -346,7 +371,7 @@ def _gather_dkdv(
         pointers = dout_rows + tl.cast(first, tl.int64) * dout_stride
         dout_block = _load_rows(pointers, query, queries, d, True, D, WIDTH)
         dv = tl.dot(p.to(dout_block.dtype), dout_block, dv, input_precision="ieee")
-        dp = tl.dot(values_block, tl.trans(dout_block), input_precision="ieee")
+        dp = _products(values_block, dout_block)
         ds = p * (dp - row_delta[None, :])
         if SOFTCAP:
             ds *= slope
@@ -393,6 +418,8 @@ def dkdv_kernel(
                 whole = tl.minimum(whole, rest)
         if ONE_WALK:
             rest = whole
+        # Where no query sees all of the keys, rest - whole may be negative: then nothing is walked without a mask, and
+        # the masked walk never comes to its gap.
         for member in range(0, GROUP):
             head = kv_head * GROUP + member
             q_rows = q + head * q_head
@@ -430,13 +457,13 @@ def _gather_dq(
         first = step + tl.where(step >= split, gap, 0)
         key = first + tl.arange(0, BLOCK)
         k_block = _load_rows(k_rows + tl.cast(first, tl.int64) * k_stride, key, keys, d, MASKED, D, WIDTH)
-        s = tl.dot(queries_block, tl.trans(k_block), input_precision="ieee")
-        s, slope = _exponent(s, scale, softcap, SOFTCAP, k_block.dtype)
+        s = _products(queries_block, k_block)
+        s, slope = _exponent(s, scale, softcap, SOFTCAP)
         p = tl.math.exp2(s - row_lse[:, None])
         if MASKED:
             p = tl.where(_seen(query[:, None], key[None, :], offset, keys, window, CAUSAL, WINDOW), p, 0.0)
         v_block = _load_rows(v_rows + tl.cast(first, tl.int64) * v_stride, key, keys, d, MASKED, D, WIDTH)
-        ds = p * (tl.dot(dout_block, tl.trans(v_block), input_precision="ieee") - row_delta[:, None])
+        ds = p * (_products(dout_block, v_block) - row_delta[:, None])
         if SOFTCAP:
             ds *= slope
         dq = tl.dot(ds.to(k_block.dtype), k_block, dq, input_precision="ieee")
@@ -524,10 +551,11 @@ def forward(
     Returns:
         out ``[T, Hq, D]``, contiguous, and lse ``[Hq, T]`` float32, -inf for a query that sees nothing.
     """
+    options = _without_idle_window(options, k.shape[0])
     tokens, heads, _ = q.shape
     documents = cu_seqlens.numel() - 1
     out, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
-    tile = tiles_for(q).forward
+    tile = tiles_for(q, options).forward
     if q.numel():
         with on_device_of(q):
             forward_kernel[(_tiles(tokens, documents, tile.own), heads)](
@@ -564,17 +592,18 @@ def backward(
         cu_seqlens_k: ``[N + 1]`` int32.
         options: causal, window, softcap, scale.
     """
+    options = _without_idle_window(options, k.shape[0])
     tokens, heads, head_dim = q.shape
     key_tokens, kv_heads, _ = k.shape
     documents = cu_seqlens.numel() - 1
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
-    tiles, width = tiles_for(q), max(16, next_power_of_2(head_dim))
+    tiles, width = tiles_for(q, options), max(16, next_power_of_2(head_dim))
     shared = (cu_seqlens, cu_seqlens_k, documents, tokens, key_tokens, options.scale, options.softcap, options.window)
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride()[:2])
     with on_device_of(q):
         if q.numel():
-            rows = max(1, 4096 // width)
+            rows = 2048 // width
             delta_kernel[(triton.cdiv(tokens, rows), heads)](
                 out, dout, lse if dlse is None else dlse, lse, delta, tokens, *out.stride()[:2], *dout.stride()[:2],
                 DLSE=dlse is not None, D=head_dim, WIDTH=width, OWN=rows, num_warps=4,

@@ -66,6 +66,11 @@ def processors(tensor: Tensor) -> int:
     return _of_device(tensor.device.index)[1] if tensor.is_cuda else _pretended[1]
 
 
+def warp_size(tensor: Tensor) -> int:
+    """Threads of a warp (AMD: a wavefront) of the tensor's device."""
+    return 64 if architecture(tensor).startswith("gfx9") else 32
+
+
 def next_power_of_2(n: int) -> int:
     """The least power of 2 that is at least n; 1 for 0."""
     return 1 << max(0, n - 1).bit_length()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lemur_fast.kernels.common import cdiv, next_power_of_2, on_device_of, processors
+from lemur_fast.kernels.common import cdiv, next_power_of_2, on_device_of, processors, warp_size
 
 WIDEST_FORWARD = 16384
 """Columns that a forward program keeps in registers."""
@@ -34,11 +34,11 @@ def forward_tile(cols: int) -> dict[str, int | bool]:
     return {"ROWS": rows, "BLOCK": block, "WHOLE": cols <= block, "num_warps": min(16, max(1, rows * block // 512))}
 
 
-def backward_tile(cols: int) -> dict[str, int | bool]:
-    """As many warps as one program on a processor may use, 8 elements a thread: the fewest parts of dw."""
+def backward_tile(cols: int, warp: int) -> dict[str, int | bool]:
+    """512 threads, 8 elements each or more: enough for a processor that has one program, and so one part of dw."""
     block = min(next_power_of_2(cols), WIDEST_BACKWARD)
     whole = cols <= block
-    return {"ROWS": max(1, 4096 // block) if whole else 1, "BLOCK": block, "WHOLE": whole, "num_warps": 16}
+    return {"ROWS": max(1, 4096 // block) if whole else 1, "BLOCK": block, "WHOLE": whole, "num_warps": 512 // warp}
 
 
 @triton.jit
@@ -252,7 +252,7 @@ def backward(
     """
     rows, cols = h.shape
     dx = h.new_empty((rows, cols))
-    options = backward_tile(cols) | EXACT
+    options = backward_tile(cols, warp_size(h)) | EXACT
     if not rows:
         return dx, h.new_zeros(cols if want_dw else 0, dtype=torch.float32)
     programs = min(cdiv(rows, options["ROWS"]), processors(h))

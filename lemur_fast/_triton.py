@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _why_missing() -> str | None:
     """Why there is no usable Triton; None when there is."""
-    for package in ("triton", "pytorch-triton-rocm"):
+    for package in ("triton", "triton-rocm", "pytorch-triton-rocm"):
         try:
             installed = version(package)
         except PackageNotFoundError:

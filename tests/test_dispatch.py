@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
 import lemur_fast as lf
-from lemur_fast import dispatch
+from lemur_fast import _triton, dispatch
 
 
 def chosen(op="rms_norm", dtype=torch.float32, **traits):
@@ -94,3 +96,44 @@ def test_environment_variable_gives_the_order():
     result = run(code, LEMUR_FAST_BACKEND="cpu,gpu")
     assert result.returncode != 0
     assert "LEMUR_FAST_BACKEND: got 'gpu'; takes cuda, triton, cpu, reference" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [
+        ({"triton": "3.5.1"}, r"triton 3\.5\.1 is too old; needs triton >= 3\.6"),
+        ({"triton-rocm": "3.4.0"}, r"triton 3\.4\.0 is too old; needs triton >= 3\.6"),
+        ({}, r"triton is not installed; needs triton >= 3\.6"),
+        ({"triton": "3.6.0"}, None),
+        ({"pytorch-triton-rocm": "3.10.0"}, None),
+    ],
+)
+def test_triton_says_what_version_it_needs(installed, reason, monkeypatch):
+    def version(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(_triton, "version", version)
+    why = _triton._why_missing()
+    assert why is None if reason is None else re.fullmatch(reason, why)
+
+
+@pytest.mark.skipif(_triton.INTERPRETING, reason="tests what is refused outside of the interpreter")
+def test_triton_refuses_by_name(monkeypatch):
+    assert "needs CUDA or ROCm tensors" in _triton.refuses("cpu", torch.bfloat16)
+    assert "needs CUDA or ROCm tensors" in _triton.refuses("mps", torch.bfloat16)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert _triton.refuses("cuda", torch.bfloat16, head_dim=256) is None
+    assert _triton.refuses("cuda", torch.float64) == "takes float32, bfloat16 and float16, not torch.float64"
+    refusal = _triton.refuses("cuda", torch.bfloat16, weight_dtype=torch.float64)
+    assert refusal == "takes float32, bfloat16 and float16, not torch.float64"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert _triton.refuses("cuda", torch.bfloat16) == "needs compute capability 8.0 or newer"
+    monkeypatch.setattr(_triton, "missing", "triton is not installed")
+    assert _triton.refuses("cuda", torch.bfloat16) == "triton is not installed"
+    x = torch.zeros(2, 3)
+    with pytest.raises(lf.BackendError, match="triton: triton is not installed"), lf.use_backend("triton"):
+        lf.ops.swiglu(x, x)
+    assert "triton: triton is not installed" in dispatch.explanation("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from transformers.models.llama.modeling_llama import LlamaModel
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -21,6 +22,9 @@ else:  # nothing is an instance of these
     class DTensor:  # type: ignore[no-redef]
         """Stands for the class that torch was built without."""
 
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""What transformers calls the KV cache, as an argument and in outputs: ``past_key_values`` before 5.24."""
 
 # Hooks that do not look at what passes through, or not unless a call asks for it: they take any layout.
 _BLIND_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing")
@@ -43,7 +47,11 @@ class Forward:
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
+        """The module's forward. Our functions call the cache by its first name, which callers may use, too."""
+        if CACHE != "past_key_values" and CACHE in kwargs:
+            if "past_key_values" in kwargs:
+                raise ValueError(f"past_key_values: got it beside {CACHE}, which is the same")
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
         return self.function(self.module, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
@@ -63,7 +71,8 @@ class Forward:
         """The function's parameters without the module and what a partial has bound: Trainer picks columns by it."""
         bound = getattr(self.function, "keywords", {})
         _, *parameters = inspect.signature(getattr(self.function, "func", self.function)).parameters.values()
-        return inspect.Signature([parameter for parameter in parameters if parameter.name not in bound])
+        kept = [parameter for parameter in parameters if parameter.name not in bound]
+        return inspect.Signature([p.replace(name=CACHE) if p.name == "past_key_values" else p for p in kept])
 
 
 def own_forward(module: nn.Module) -> Any:

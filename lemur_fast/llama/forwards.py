@@ -43,7 +43,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from lemur_fast import ops
-from lemur_fast.llama.binding import DTensor, every_module_is_watched, is_replaced_by, is_watched
+from lemur_fast.llama.binding import CACHE, DTensor, every_module_is_watched, is_replaced_by, is_watched
 from lemur_fast.llama.documents import (
     Documents,
     find_documents,
@@ -267,7 +267,7 @@ def model_forward(
     arguments: dict[str, Any] = {
         "attention_mask": mask,
         "position_ids": positions,
-        "past_key_values": past_key_values,
+        CACHE: past_key_values,
         "use_cache": documents is None,
         "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=positions),
     }
@@ -304,9 +304,9 @@ def model_forward(
     hidden_states = hidden_states[None] if stays_unpadded else in_shape(hidden_states)
     result = BaseModelOutputWithPast(
         last_hidden_state=hidden_states,
-        past_key_values=past_key_values,
         hidden_states=tuple(states) if outputs.hidden_states else None,
         attentions=tuple(attentions) if outputs.attentions else None,
+        **{CACHE: past_key_values},
     )
     return result if outputs.as_dict else result.to_tuple()
 
@@ -410,8 +410,8 @@ def _hf_mask(
         config=self.config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=positions,
+        **{CACHE: past_key_values},
     )
 
 
@@ -499,9 +499,9 @@ def causal_lm_forward(
     result = CausalLMOutputWithPast(
         loss=loss,
         logits=logits,
-        past_key_values=base.past_key_values,
         hidden_states=base.hidden_states,
         attentions=base.attentions,
+        **{CACHE: getattr(base, CACHE)},
     )
     return result if outputs.as_dict else result.to_tuple()
 

@@ -294,9 +294,16 @@ def _triton_run_of_rows(
     dloss, wanted, chunk_tokens = arguments
     hidden, weight, bias = layer
     tokens = hidden.shape[0]
+    if tokens == 0:  # all rows are padding
+        return _triton_run(layer, labels, None, options, want_stats, dloss, wanted, chunk_tokens)
     inside = (rows >= 0) & (rows < tokens)
     source = torch.where(inside, rows, 0).long()
     target = torch.where(inside, rows, tokens).long()
+    # A row that is named twice counts once: the last place that names it stands.
+    place = torch.arange(rows.shape[0], device=rows.device)
+    last = place.new_full((tokens + 1,), -1).scatter_reduce_(0, target, place, "amax")
+    inside = inside & (last[target] == place)
+    target = torch.where(inside, target, tokens)
     chosen = torch.where(inside, labels[source], options.ignore_index)
     chosen_dloss = None if dloss is None else dloss[source]
     losses, gradients = _triton_run(
@@ -312,7 +319,7 @@ def _triton_run_of_rows(
 
 
 def _add_wide_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Sets the float32 total to left @ right, or adds it, without a temporary of its size on a GPU."""
+    """Sets the float32 total to left @ right, or adds it; on a GPU without a temporary of its size, in 16 bits."""
     if not total.is_cuda or left.dtype == torch.float32:  # the CPU, where kernels are interpreted, cannot widen
         product = left.float() @ right.float()
         total.copy_(product if first else total + product)

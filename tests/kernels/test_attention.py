@@ -67,6 +67,8 @@ def test_shipped_tiles(architecture, head_dim):
         pytest.param(PLAIN._replace(causal=False), marks=slow_compiled),
         pytest.param(PLAIN._replace(window=1), marks=slow_compiled),
         pytest.param(PLAIN._replace(window=70), marks=slow_compiled),
+        pytest.param(PLAIN._replace(window=2**31 - 1), marks=slow_compiled),
+        pytest.param(PLAIN._replace(softcap=1e6), marks=slow_compiled),
         PLAIN._replace(window=200, softcap=3.0),
         pytest.param(PLAIN._replace(causal=False, softcap=3.0, scale=0.7), marks=slow_compiled),
     ],

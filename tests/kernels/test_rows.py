@@ -33,7 +33,7 @@ def norm_gradients(dy, dh, h, weight, eps=1e-5):
     return (dx if dh is None else dx + dh), dw
 
 
-def check_norm(rows, cols, dtype, apart, with_residual):
+def check_norm(architecture, rows, cols, dtype, apart, with_residual):
     x, residual, dy, dh = rows_of(rows, cols, dtype, 4, apart)
     if not with_residual:
         residual = dh = None
@@ -46,7 +46,8 @@ def check_norm(rows, cols, dtype, apart, with_residual):
     torch.testing.assert_close(rstd.double(), exact, rtol=1e-6, atol=0)
     # As Hugging Face rounds: the row first, then the product.
     assert torch.equal(y, (want_h.float() * rstd[:, None]).to(dtype) * weight)
-    dx, dw = rms_norm.backward(dy, dh, want_h, weight, rstd, True)
+    with common.pretending(architecture, 2):  # two programs, which turn more than once
+        dx, dw = rms_norm.backward(dy, dh, want_h, weight, rstd, True)
     stock = norm_gradients(dy, dh, want_h, weight.float())
     wide = norm_gradients(dy.double(), dh.double() if with_residual else None, want_h.double(), weight.double())
     assert_as_good("dx", dx, stock[0], wide[0], floor=2**-20)
@@ -57,22 +58,22 @@ def check_norm(rows, cols, dtype, apart, with_residual):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("cols", [4096, 100])
 def test_norm(machine, dtype, cols, with_residual):
-    check_norm(9, cols, dtype, 0, with_residual)
+    check_norm(machine, 9 if cols > 1000 else 200, cols, dtype, 0, with_residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", [8193, 16384, pytest.param(20_000, marks=slow_compiled)])
 def test_norm_of_rows_wider_than_the_registers(machine, dtype, cols):
-    check_norm(9, cols, dtype, 8, True)
+    check_norm(machine, 9, cols, dtype, 8, True)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 64])
 def test_dw_is_summed_over_any_number_of_programs(machine, programs):
-    h, dy = torch.randn(50, 40), torch.randn(50, 40)
+    h, dy = torch.randn(500, 40), torch.randn(500, 40)  # 64 rows a turn
     rstd = (h.square().mean(-1) + 1e-5).rsqrt()
-    with common.pretending("sm_80", programs):
+    with common.pretending(machine, programs):
         _, dw = rms_norm.backward(dy, None, h, torch.ones(40), rstd, True)
-    torch.testing.assert_close(dw, (dy * h * rstd[:, None]).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dw, (dy * h * rstd[:, None]).sum(0), rtol=1e-5, atol=1e-4)
 
 
 # ---- swiglu ----------------------------------------------------------------------------------------------------------

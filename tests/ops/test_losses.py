@@ -242,6 +242,26 @@ def test_rows_restrict_the_loss(backend):
             torch.testing.assert_close(other, results[0], **tolerance)
 
 
+def test_a_row_that_is_named_twice_counts_once(backend):
+    case = linear_case()
+    results = []
+    for rows in (torch.tensor([0, 1, 3]), torch.tensor([0, 1, 1, 3, 0])):
+        hidden, weight = (case[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        loss = lf.ops.linear_cross_entropy(hidden, weight, case["labels"], rows=rows, reduction="sum")
+        loss.backward()
+        results.append((loss, hidden.grad, weight.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_no_tokens(backend):
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    rows = torch.tensor([-1, 0])
+    loss = lf.ops.linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64), rows=rows)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 # ---- edges -----------------------------------------------------------------------------------------------------------
 
 

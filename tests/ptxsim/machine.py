@@ -28,6 +28,9 @@ SPECIAL = (
 )
 """Registers that the machine sets."""
 
+MOST_SHARED = 227 * 1024
+"""Bytes of shared memory that a CTA may have, on an H100; others have less."""
+
 _PLAIN, _BRANCH, _EXIT, _BARRIER = range(4)
 
 Argument = np.ndarray | int | float
@@ -150,6 +153,10 @@ class Kernel:
         required = self.program.threads
         if required is not None and (*required, *(1,) * (3 - len(required))) != block:
             raise ValueError(f"threads: got {sizes}; the program requires {required}")
+        if not all(0 <= n < limit for n, limit in zip(shape, (2**31, 2**16, 2**16), strict=True)):
+            raise ValueError(f"grid: got {tuple(grid)}; takes fewer than 2^31 along x, and 65,535 along y and z")
+        if shared_bytes + self.program.shared_bytes > MOST_SHARED:
+            raise ValueError(f"shared_bytes: got {shared_bytes}; a CTA has at most {MOST_SHARED} on any device")
         named = arguments if isinstance(arguments, Mapping) else {f"argument {i}": a for i, a in enumerate(arguments)}
         counts = Counts()
         memory = GlobalMemory(

@@ -794,6 +794,19 @@ def test_launch_threads(threads, right) -> None:
         kernel.launch((1,), threads, [])
 
 
+@pytest.mark.parametrize("grid", [(-1,), (2**31,), (1, 65536), (1, 1, 65536)])
+def test_launch_grid(grid) -> None:
+    with pytest.raises(ValueError, match=r"grid: got .*; takes fewer than 2\^31 along x, and 65,535 along y and z"):
+        Kernel(module(entry(["mov.u32 %r0, 1;"]))).launch(grid, 32, [])
+
+
+def test_launch_shared_memory() -> None:
+    kernel = Kernel(module(entry(["mov.u32 %r0, 1;"])))
+    kernel.launch((1,), 32, [], 227 * 1024)
+    with pytest.raises(ValueError, match="shared_bytes: got 232449; a CTA has at most 232448"):
+        kernel.launch((1,), 32, [], 227 * 1024 + 1)
+
+
 def test_launch_with_other_threads_than_required() -> None:
     kernel = Kernel(module(entry(["mov.u32 %r0, 1;"], directives=".reqntid 64, 2, 1")))
     kernel.launch((1,), (64, 2), [])
