@@ -37,8 +37,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.packing
 
 gpu-static: $(INSTALLED)
-	$(BIN)/python -m benchmarks.gpu_static --dtypes bfloat16 float16 float32 --every-option \
-		--out docs/gpu-static.md $(ARGS)
+	$(BIN)/python -m benchmarks.gpu_static --every-option --out docs/gpu-static.md $(ARGS)
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

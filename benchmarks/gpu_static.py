@@ -2,16 +2,16 @@
 
     python -m benchmarks.gpu_static                        # bfloat16, every kernel, every target: a few minutes
     python -m benchmarks.gpu_static --targets sm_90        # one of them
-    make gpu-static                                        # every dtype and option, too, into docs/gpu-static.md
+    make gpu-static                                        # every option, too, into docs/gpu-static.md
 
 Every kernel is compiled ahead of time with the specialisation and the config with which it is launched at LLaMA-2-7B's
 shapes, and its machine code is read. For sm_80 and sm_90 the machine code is executed as well (`tests.ptxsim`) on a
 part of those shapes, what it does is counted, and the counts are multiplied to 4,096 tokens: equal rows, documents and
 heads. These are counts, not times.
 
-The program fails where a bar breaks: registers that spill, a stack, shared memory past the device's limit, loads or
-stores narrower than 128 bits, attention without the tensor cores of its generation, more traffic than the formula
-beside it allows, sectors used in part, bank conflicts.
+The program fails where a bar breaks: registers that spill, a stack, shared memory past the device's limit, no load of
+128 bits, attention without the tensor cores of its generation; where it is executed, less than 95% of the bytes in moves
+of 16, more traffic than the formula beside it allows, sectors used in part, bank conflicts.
 """
 
 from __future__ import annotations
