@@ -10,8 +10,8 @@ part of those shapes, what it does is counted, and the counts are multiplied to 
 heads. These are counts, not times.
 
 The program fails where a bar breaks: registers that spill, a stack, shared memory past the device's limit, no load of
-128 bits, attention without the tensor cores of its generation; where it is executed, less than 95% of the bytes in moves
-of 16, more traffic than the formula beside it allows, sectors used in part, bank conflicts.
+128 bits, attention without the tensor cores of its generation; and, where it is executed, bytes that do not move 16 at
+a time, more traffic than the formula beside it allows, sectors used in part, bank conflicts.
 """
 
 from __future__ import annotations
