@@ -56,8 +56,8 @@ class Arguments:
     stages: tuple[int, ...] = (1, 2, 3)
     """Candidates: stages of the pipeline."""
     all_options: bool = False
-    """Leave out what spills with a window or without a causal mask, too; for heads of 256 also with a softcap, which
-    takes the tiles of larger heads otherwise."""
+    """Leave out what spills without a causal mask, too; for heads of 256 also with a window or a softcap, which take the
+    tiles of larger heads otherwise."""
     best: int = 6
     """How many of each kernel are shown."""
 
@@ -124,7 +124,7 @@ def _try(job: tuple[str, str, int, str, int, Tile, bool]) -> Candidate | None:
     with using(target, head_dim, dtype, tile):
         found = None
         for name in OPTIONS if all_options else ("causal",):
-            if name == "softcap" and head_dim <= 128:
+            if name in ("softcap", "window") and head_dim <= 128:
                 continue
             launch = launch_of(kernel, target, head_dim, dtype, tokens, False, name)
             r = resources(launch.compiled)

@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
 TILES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
-        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(128, 32, 8, 3)),
+        128: Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(128, 32, 8, 3)),
         256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "sm_90": {
@@ -61,12 +61,12 @@ TILES: dict[str, dict[int, Tiles]] = {
     "sm_100": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
-        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
     },
     "sm_120": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
         128: Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(128, 32, 8, 3)),
-        256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2)),
+        256: Tiles(Tile(64, 16, 8, 2), Tile(32, 32, 8, 2), Tile(64, 16, 8, 2)),
     },
     "gfx942": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
@@ -74,7 +74,8 @@ TILES: dict[str, dict[int, Tiles]] = {
         256: Tiles(Tile(64, 32, 4, 2), Tile(32, 16, 8, 2), Tile(64, 16, 8, 2)),
     },
 }
-TILES["sm_89"] = TILES["sm_120"]  # as little shared memory
+# As little shared memory as sm_120.
+TILES["sm_89"] = TILES["sm_120"] | {256: TILES["sm_120"][256]._replace(forward=Tile(32, 32, 4, 2))}
 
 IN_FLOAT32 = {
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
@@ -101,8 +102,8 @@ def _without_idle_window(options: Options, key_tokens: int) -> Options:
 def tiles_for(q: Tensor, options: Options) -> Tiles:
     """The tiles for queries ``[T, Hq, D]``."""
     width = max(64, next_power_of_2(q.shape[2]))
-    if options.softcap:
-        width = min(256, 2 * width)  # its derivative takes the registers of a larger head
+    # A window and a softcap each take the registers of a larger head.
+    width = min(256, width << (options.window > 0) << (options.softcap != 0.0))
     if q.element_size() > 2:
         return IN_FLOAT32[width]
     name = architecture(q)
