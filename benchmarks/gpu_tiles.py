@@ -56,8 +56,8 @@ class Arguments:
     stages: tuple[int, ...] = (1, 2, 3)
     """Candidates: stages of the pipeline."""
     all_options: bool = False
-    """Leave out what spills without a causal mask, too; for heads of 256 also with a window or a softcap, which otherwise
-    take the tiles of larger heads."""
+    """Leave out what spills without a causal mask, too; for heads of 256 also with a window or a softcap (smaller heads
+    then take the tiles of larger ones)."""
     best: int = 6
     """How many of each kernel are shown."""
 
