@@ -61,7 +61,7 @@ TILES: dict[str, dict[int, Tiles]] = {
     "sm_100": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
-        256: Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+        256: Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
     },
     "sm_120": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
@@ -76,6 +76,12 @@ TILES: dict[str, dict[int, Tiles]] = {
 }
 # As little shared memory as sm_120.
 TILES["sm_89"] = TILES["sm_120"] | {256: TILES["sm_120"][256]._replace(forward=Tile(32, 32, 4, 2))}
+
+TILES_WITH_OPTIONS = {
+    ("sm_80", 64): Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(128, 32, 8, 3)),
+    ("sm_100", 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+}
+"""With a window or a softcap, where the tiles of the next larger head dimension, which else serve, would spill."""
 
 IN_FLOAT32 = {
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
@@ -102,12 +108,15 @@ def _without_idle_window(options: Options, key_tokens: int) -> Options:
 def tiles_for(q: Tensor, options: Options) -> Tiles:
     """The tiles for queries ``[T, Hq, D]``."""
     width = max(64, next_power_of_2(q.shape[2]))
-    # A window and a softcap each take the registers of a larger head.
-    width = min(256, width << (options.window > 0) << (options.softcap != 0.0))
+    wider = min(256, 2 * width) if options.window or options.softcap else width
     if q.element_size() > 2:
-        return IN_FLOAT32[width]
+        return IN_FLOAT32[wider]
     name = architecture(q)
-    return TILES.get(name, TILES["gfx942" if name.startswith("gfx") else "sm_80"])[width]
+    if name not in TILES:
+        name = "gfx942" if name.startswith("gfx") else "sm_80"
+    if wider > width and (name, width) in TILES_WITH_OPTIONS:
+        return TILES_WITH_OPTIONS[name, width]
+    return TILES[name][wider]
 
 
 # ---- which tokens a tile has -----------------------------------------------------------------------------------------
