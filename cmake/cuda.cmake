@@ -1,7 +1,8 @@
 # Defines the library lemur_cuda when nvcc is found and wanted.
 #
 # Sets CUDA_VERSION_FOUND (empty when CUDA is not built), CUDA_ARCH_NAMES (sm_80,...) and CUDA_MISSING (why it is not).
-set(CUDA_KERNELS csrc/cuda/self_test.cu)
+set(CUDA_KERNELS csrc/cuda/cross_entropy.cu csrc/cuda/rms_norm.cu csrc/cuda/rotary.cu csrc/cuda/self_test.cu
+                 csrc/cuda/swiglu.cu)
 # What we support; those that the installed nvcc does not know are left out.
 set(CUDA_ARCHS_WANTED 80 86 89 90 100 120)
 
@@ -89,6 +90,8 @@ else()
 
   add_library(lemur_cuda STATIC ${CUDA_KERNELS})
   target_include_directories(lemur_cuda PRIVATE csrc)
+  # As on the CPU: fused multiply-adds are written out.
+  target_compile_options(lemur_cuda PRIVATE --fmad=false)
   # cudart inside: the module then imports on a machine that has neither a driver nor a toolkit.
   set_target_properties(lemur_cuda PROPERTIES CUDA_ARCHITECTURES "${targets}" CUDA_RUNTIME_LIBRARY Static)
 

@@ -1,5 +1,4 @@
-// The Python module lemur_fast._C. Arguments are checked here as far as they can be without knowing the tensors; the
-// torch side, lemur_fast/ops, checks shapes, dtypes and devices before it hands over raw pointers.
+// The Python module lemur_fast._C.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,12 +11,13 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "dtype.h"
 #include "packing.h"
 #ifdef LEMUR_FAST_HAS_CUDA
-#include "cuda/self_test.h"
+#include "cuda/bind.h"
 #endif
 
 namespace py = pybind11;
@@ -26,29 +26,11 @@ using namespace py::literals;
 namespace {
 
 using lemur::DType;
-
-// Pointers cross as integers (Tensor.data_ptr()); 0 means absent.
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-DType dtype_of(const char* name, int code) {
-  if (code < 0 || code > 2) refuse(std::string(name) + ": got " + std::to_string(code) + "; takes a code of _C.DType");
-  return static_cast<DType>(code);
-}
-
-void check_size(const char* name, int64_t value, int64_t least) {
-  if (value < least) {
-    refuse(std::string(name) + ": got " + std::to_string(value) + "; must be at least " + std::to_string(least));
-  }
-}
-
-void check_present(const char* name, std::uintptr_t address, int64_t rows) {
-  if (address == 0 && rows > 0) refuse(std::string(name) + ": got a null pointer");
-}
+using lemur::bindings::check_present;
+using lemur::bindings::check_size;
+using lemur::bindings::dtype_of;
+using lemur::bindings::pointer;
+using lemur::bindings::refuse;
 
 std::vector<std::string> split(const std::string& names) {
   std::vector<std::string> parts;
@@ -82,197 +64,48 @@ py::dict build_info() {
   return info;
 }
 
-void rms_norm_fwd(std::uintptr_t x, int64_t x_stride, std::uintptr_t residual, int64_t residual_stride,
-                  std::uintptr_t weight, std::uintptr_t y, std::uintptr_t h, std::uintptr_t rstd, int64_t rows,
-                  int64_t cols, float eps, int x_dtype, int w_dtype) {
-  check_size("rows", rows, 0);
-  check_size("cols", cols, 1);
-  check_present("x", x, rows);
-  check_present("weight", weight, rows);
-  check_present("y", y, rows);
-  if (residual) check_present("h", h, rows);
-  const lemur::cpu::RmsNormFwd args{pointer<void>(x),
-                                    x_stride,
-                                    pointer<void>(residual),
-                                    residual_stride,
-                                    pointer<void>(weight),
-                                    pointer<void>(y),
-                                    pointer<void>(h),
-                                    pointer<float>(rstd),
-                                    rows,
-                                    cols,
-                                    eps,
-                                    dtype_of("x_dtype", x_dtype),
-                                    dtype_of("w_dtype", w_dtype)};
-  const auto& table = lemur::cpu::kernels();
-  py::gil_scoped_release release;
-  table.rms_norm_fwd(args);
+// Arguments are checked with the GIL held; the kernel runs without it.
+template <typename Args, typename... Given>
+auto on_cpu(Args (*checked)(Given...), void (*lemur::cpu::Kernels::*run)(const Args&)) {
+  return [checked, run](Given... given) {
+    const Args args = checked(given...);
+    const auto& table = lemur::cpu::kernels();
+    py::gil_scoped_release release;
+    (table.*run)(args);
+  };
 }
 
-void rms_norm_bwd(std::uintptr_t dy, int64_t dy_stride, std::uintptr_t dh, int64_t dh_stride, std::uintptr_t h,
-                  int64_t h_stride, std::uintptr_t weight, std::uintptr_t rstd, std::uintptr_t dx, std::uintptr_t dw,
-                  int64_t rows, int64_t cols, int x_dtype, int w_dtype) {
-  check_size("rows", rows, 0);
-  check_size("cols", cols, 1);
-  check_present("dy", dy, rows);
-  check_present("h", h, rows);
-  check_present("weight", weight, rows);
-  check_present("rstd", rstd, rows);
-  check_present("dx", dx, rows);
-  const lemur::cpu::RmsNormBwd args{pointer<void>(dy),
-                                    dy_stride,
-                                    pointer<void>(dh),
-                                    dh_stride,
-                                    pointer<void>(h),
-                                    h_stride,
-                                    pointer<void>(weight),
-                                    pointer<float>(rstd),
-                                    pointer<void>(dx),
-                                    pointer<float>(dw),
-                                    rows,
-                                    cols,
-                                    dtype_of("x_dtype", x_dtype),
-                                    dtype_of("w_dtype", w_dtype)};
-  const auto& table = lemur::cpu::kernels();
-  py::gil_scoped_release release;
-  table.rms_norm_bwd(args);
-}
-
-void swiglu_fwd(std::uintptr_t gate, int64_t gate_stride, std::uintptr_t up, int64_t up_stride, std::uintptr_t y,
-                int64_t rows, int64_t cols, int dtype) {
-  check_size("rows", rows, 0);
-  check_size("cols", cols, 1);
-  check_present("gate", gate, rows);
-  check_present("up", up, rows);
-  check_present("y", y, rows);
-  const lemur::cpu::SwigluFwd args{
-      pointer<void>(gate),     gate_stride, pointer<void>(up), up_stride, pointer<void>(y), rows, cols,
-      dtype_of("dtype", dtype)};
-  const auto& table = lemur::cpu::kernels();
-  py::gil_scoped_release release;
-  table.swiglu_fwd(args);
-}
-
-void swiglu_bwd(std::uintptr_t dy, int64_t dy_stride, std::uintptr_t gate, int64_t gate_stride, std::uintptr_t up,
-                int64_t up_stride, std::uintptr_t dgate, std::uintptr_t dup, int64_t rows, int64_t cols, int dtype) {
-  check_size("rows", rows, 0);
-  check_size("cols", cols, 1);
-  check_present("dy", dy, rows);
-  check_present("gate", gate, rows);
-  check_present("up", up, rows);
-  check_present("dgate", dgate, rows);
-  check_present("dup", dup, rows);
-  const lemur::cpu::SwigluBwd args{pointer<void>(dy),
-                                   dy_stride,
-                                   pointer<void>(gate),
-                                   gate_stride,
-                                   pointer<void>(up),
-                                   up_stride,
-                                   pointer<void>(dgate),
-                                   pointer<void>(dup),
-                                   rows,
-                                   cols,
-                                   dtype_of("dtype", dtype)};
-  const auto& table = lemur::cpu::kernels();
-  py::gil_scoped_release release;
-  table.swiglu_bwd(args);
-}
-
-// (x, token_stride, head_stride, y, heads)
-using RotaryItem = std::tuple<std::uintptr_t, int64_t, int64_t, std::uintptr_t, int64_t>;
-
-void rotary(const std::vector<RotaryItem>& items, std::uintptr_t cos, int64_t cos_stride, std::uintptr_t sin,
-            int64_t sin_stride, int64_t columns, int64_t tokens, int64_t head_dim, bool interleaved, bool backward,
-            int x_dtype, int y_dtype, int table_dtype) {
-  check_size("tokens", tokens, 0);
-  check_size("head_dim", head_dim, 2);
-  if (head_dim % 2) refuse("head_dim: got " + std::to_string(head_dim) + "; must be even");
-  if (columns != head_dim && columns != head_dim / 2) {
-    refuse("columns: got " + std::to_string(columns) + "; takes head_dim or half of it, " + std::to_string(head_dim));
-  }
-  check_present("cos", cos, tokens);
-  check_present("sin", sin, tokens);
-  std::vector<lemur::cpu::Rotary> xs;
-  for (const auto& [x, token_stride, head_stride, y, heads] : items) {
-    check_size("heads", heads, 0);
-    check_present("x", x, tokens * heads);
-    check_present("y", y, tokens * heads);
-    xs.push_back({pointer<void>(x), token_stride, head_stride, pointer<void>(y), heads});
-  }
-  const lemur::cpu::RotaryTables tables{pointer<void>(cos),
-                                        cos_stride,
-                                        pointer<void>(sin),
-                                        sin_stride,
-                                        columns,
-                                        tokens,
-                                        head_dim,
-                                        interleaved,
-                                        backward,
-                                        dtype_of("x_dtype", x_dtype),
-                                        dtype_of("y_dtype", y_dtype),
-                                        dtype_of("table_dtype", table_dtype)};
-  const auto& table = lemur::cpu::kernels();
-  py::gil_scoped_release release;
-  table.rotary(xs.data(), static_cast<int>(xs.size()), tables);
-}
-
-void cross_entropy(bool forward, std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels,
-                   std::uintptr_t loss, std::uintptr_t lse, std::uintptr_t log_prob, std::uintptr_t entropy,
-                   std::uintptr_t correct, std::uintptr_t dloss, std::uintptr_t dlogits, int64_t rows, int64_t cols,
-                   int64_t ignore_index, float label_smoothing, float z_loss, float softcap, int dtype) {
-  check_size("rows", rows, 0);
-  check_size("cols", cols, 1);
-  check_present("logits", logits, rows);
-  check_present("labels", labels, rows);
-  check_present("lse", lse, rows);
-  if (forward) check_present("loss", loss, rows);
-  if (!forward) check_present("dlogits", dlogits, rows);
-  if (log_prob) {
-    check_present("entropy", entropy, rows);
-    check_present("correct", correct, rows);
-  }
-  const int64_t* label = pointer<const int64_t>(labels);
-  for (int64_t row = 0; row < rows; ++row) {
-    if (label[row] != ignore_index && (label[row] < 0 || label[row] >= cols)) {
-      refuse("labels: got " + std::to_string(label[row]) + " at position " + std::to_string(row) + "; takes 0 to " +
-             std::to_string(cols - 1) + ", or ignore_index " + std::to_string(ignore_index));
+// Here looking at them is cheap; on a GPU it would cost a sync.
+void check_labels(const lemur::CrossEntropy& a) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t label = a.labels[row];
+    if (label != a.ignore_index && (label < 0 || label >= a.cols)) {
+      refuse("labels: got " + std::to_string(label) + " at position " + std::to_string(row) + "; takes 0 to " +
+             std::to_string(a.cols - 1) + ", or ignore_index " + std::to_string(a.ignore_index));
     }
   }
-  const lemur::cpu::CrossEntropy args{pointer<void>(logits),
-                                      logits_stride,
-                                      label,
-                                      pointer<float>(loss),
-                                      pointer<float>(lse),
-                                      pointer<float>(log_prob),
-                                      pointer<float>(entropy),
-                                      pointer<bool>(correct),
-                                      pointer<float>(dloss),
-                                      pointer<void>(dlogits),
-                                      rows,
-                                      cols,
-                                      ignore_index,
-                                      label_smoothing,
-                                      z_loss,
-                                      softcap,
-                                      dtype_of("dtype", dtype)};
-  const auto& table = lemur::cpu::kernels();
-  py::gil_scoped_release release;
-  forward ? table.cross_entropy_fwd(args) : table.cross_entropy_bwd(args);
 }
 
-void cross_entropy_fwd(std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels, std::uintptr_t loss,
-                       std::uintptr_t lse, std::uintptr_t log_prob, std::uintptr_t entropy, std::uintptr_t correct,
-                       std::uintptr_t dloss, std::uintptr_t dlogits, int64_t rows, int64_t cols, int64_t ignore_index,
-                       float label_smoothing, float z_loss, float softcap, int dtype) {
-  cross_entropy(true, logits, logits_stride, labels, loss, lse, log_prob, entropy, correct, dloss, dlogits, rows, cols,
-                ignore_index, label_smoothing, z_loss, softcap, dtype);
+template <typename... Given>
+auto with_labels(lemur::CrossEntropy (*checked)(Given...),
+                 void (*lemur::cpu::Kernels::*run)(const lemur::CrossEntropy&)) {
+  return [checked, run](Given... given) {
+    const lemur::CrossEntropy args = checked(given...);
+    check_labels(args);
+    const auto& table = lemur::cpu::kernels();
+    py::gil_scoped_release release;
+    (table.*run)(args);
+  };
 }
 
-void cross_entropy_bwd(std::uintptr_t dloss, std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels,
-                       std::uintptr_t lse, std::uintptr_t dlogits, int64_t rows, int64_t cols, int64_t ignore_index,
-                       float label_smoothing, float z_loss, float softcap, int dtype) {
-  cross_entropy(false, logits, logits_stride, labels, 0, lse, 0, 0, 0, dloss, dlogits, rows, cols, ignore_index,
-                label_smoothing, z_loss, softcap, dtype);
+template <typename... Given>
+auto rotary_on_cpu(lemur::bindings::RotaryArguments (*checked)(Given...)) {
+  return [checked](Given... given) {
+    const auto args = checked(given...);
+    const auto& table = lemur::cpu::kernels();
+    py::gil_scoped_release release;
+    table.rotary(args.xs.data(), static_cast<int>(args.xs.size()), args.tables);
+  };
 }
 
 void accumulate(std::uintptr_t total, int64_t total_stride, std::uintptr_t x, int64_t rows, int64_t cols, bool add,
@@ -461,26 +294,15 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("isas", &lemur::cpu::usable_isas, "Instruction sets that were built and that this CPU has, best first.");
   cpu.def("features", &lemur::cpu::features, "Features of this CPU that matter here.");
   cpu.def("threads", &lemur::cpu::max_threads, "Threads that the next kernel may use.");
-  cpu.def("rms_norm_fwd", &rms_norm_fwd, "x"_a, "x_stride"_a, "residual"_a, "residual_stride"_a, "weight"_a, "y"_a,
-          "h"_a, "rstd"_a, "rows"_a, "cols"_a, "eps"_a, "x_dtype"_a, "w_dtype"_a,
-          "y, h and rstd of RMSNorm; pointers as integers, 0 for absent; see csrc/cpu/kernels.h.");
-  cpu.def("rms_norm_bwd", &rms_norm_bwd, "dy"_a, "dy_stride"_a, "dh"_a, "dh_stride"_a, "h"_a, "h_stride"_a, "weight"_a,
-          "rstd"_a, "dx"_a, "dw"_a, "rows"_a, "cols"_a, "x_dtype"_a, "w_dtype"_a,
-          "dx and dw of RMSNorm; pointers as integers, 0 for absent; see csrc/cpu/kernels.h.");
-  cpu.def("swiglu_fwd", &swiglu_fwd, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "y"_a, "rows"_a, "cols"_a,
-          "dtype"_a, "y of SwiGLU; see csrc/cpu/kernels.h.");
-  cpu.def("swiglu_bwd", &swiglu_bwd, "dy"_a, "dy_stride"_a, "gate"_a, "gate_stride"_a, "up"_a, "up_stride"_a, "dgate"_a,
-          "dup"_a, "rows"_a, "cols"_a, "dtype"_a, "dgate and dup of SwiGLU; see csrc/cpu/kernels.h.");
-  cpu.def("rotary", &rotary, "items"_a, "cos"_a, "cos_stride"_a, "sin"_a, "sin_stride"_a, "columns"_a, "tokens"_a,
-          "head_dim"_a, "interleaved"_a, "backward"_a, "x_dtype"_a, "y_dtype"_a, "table_dtype"_a,
-          "Rotates every item (x, token_stride, head_stride, y, heads); see csrc/cpu/kernels.h.");
-  cpu.def("cross_entropy_fwd", &cross_entropy_fwd, "logits"_a, "logits_stride"_a, "labels"_a, "loss"_a, "lse"_a,
-          "log_prob"_a, "entropy"_a, "correct"_a, "dloss"_a, "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a,
-          "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
-          "Loss of every row, with log_prob its stats, with dlogits its gradient; see csrc/cpu/kernels.h.");
-  cpu.def("cross_entropy_bwd", &cross_entropy_bwd, "dloss"_a, "logits"_a, "logits_stride"_a, "labels"_a, "lse"_a,
-          "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a, "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
-          "Gradient of every row from its lse; see csrc/cpu/kernels.h.");
+  namespace checked = lemur::bindings;
+  using lemur::cpu::Kernels;
+  checked::def_rms_norm_fwd(cpu, on_cpu(checked::rms_norm_fwd, &Kernels::rms_norm_fwd));
+  checked::def_rms_norm_bwd(cpu, on_cpu(checked::rms_norm_bwd, &Kernels::rms_norm_bwd));
+  checked::def_swiglu_fwd(cpu, on_cpu(checked::swiglu_fwd, &Kernels::swiglu_fwd));
+  checked::def_swiglu_bwd(cpu, on_cpu(checked::swiglu_bwd, &Kernels::swiglu_bwd));
+  checked::def_rotary(cpu, rotary_on_cpu(checked::rotary));
+  checked::def_cross_entropy_fwd(cpu, with_labels(checked::cross_entropy_fwd, &Kernels::cross_entropy_fwd));
+  checked::def_cross_entropy_bwd(cpu, with_labels(checked::cross_entropy_bwd, &Kernels::cross_entropy_bwd));
   cpu.def("attention_fwd", &attention_fwd, "cu_seqlens"_a, "cu_seqlens_k"_a, "num_documents"_a, "q"_a, "k"_a, "v"_a,
           "out"_a, "lse"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "causal"_a,
           "window"_a, "softcap"_a, "scale"_a, "dtype"_a,
@@ -496,10 +318,6 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef LEMUR_FAST_HAS_CUDA
   auto cuda = m.def_submodule("cuda", "CUDA kernels.");
-  cuda.def("driver_version", &lemur::cuda::driver_version,
-           "The driver's CUDA version, 1000 * major + 10 * minor; 0 without a driver.");
-  cuda.def("device_count", &lemur::cuda::device_count, "Number of devices; RuntimeError when CUDA cannot start.");
-  cuda.def("self_test", &lemur::cuda::self_test, "device"_a = 0, py::call_guard<py::gil_scoped_release>(),
-           "Runs a kernel and checks its result. Returns the architecture of the code that ran, such as 90.");
+  lemur::cuda::bind(cuda);
 #endif
 }

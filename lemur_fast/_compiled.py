@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
@@ -62,12 +63,75 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _CODES[dtype]
 
 
+def place(tensor: torch.Tensor) -> tuple[Any, dict[str, int]]:
+    """The kernels for the device that a tensor lies on: a submodule of `_C`, and the arguments that only it takes."""
+    if not tensor.is_cuda:
+        return C.cpu, {}
+    device = tensor.get_device()
+    # The function that torch.cuda.current_stream wraps; the wrapper takes longer than the launch.
+    return C.cuda, {"device": device, "stream": torch._C._cuda_getCurrentRawStream(device)}
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _why_no_cuda() -> str | None:
+    """Why there are no CUDA kernels; None when there are."""
+    if missing is not None:
+        return missing
+    reason: str | None = C.build_info()["cuda_missing"]
+    return f"the CUDA kernels were not built: {reason}" if reason else None
+
+
+def _lacks(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
+    """Why no code that was built runs on a GPU; None when some does.
+
+    ``sm_80`` runs on every 8.x from 8.0 on, ``sm_90a`` on 9.0 alone, and ``compute_90``, which the driver compiles, on
+    all that came later.
+    """
+    major, minor = capability
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("af")
+        built = int(digits[:-1]), int(digits[-1])
+        if number != digits:
+            fits = built == capability
+        elif kind == "sm":
+            fits = built[0] == major and built[1] <= minor
+        else:
+            fits = built <= capability
+        if fits:
+            return None
+    return f"built for {', '.join(architectures)}; this GPU is sm_{major}{minor}"
+
+
+@functools.cache
+def _refuses_gpu(device: int) -> str | None:
+    return _lacks(torch.cuda.get_device_capability(device), tuple(C.build_info()["cuda_archs"]))
+
+
+def refuses_cuda(device: torch.device, dtype: torch.dtype, **traits: object) -> str | None:
+    """Why the CUDA C++ kernels cannot serve a call; None when they can."""
+    if device.type != "cuda" or torch.version.hip:
+        return "needs CUDA tensors"
+    reason = _why_no_cuda() or _refuses_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return reason or _refuses_dtypes(dtype, traits)
+
+
 def refuses_cpu(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
     """Why the C++ kernels cannot serve a call; None when they can."""
     if device_type != "cpu":
         return "needs CPU tensors"
     if missing is not None:
         return missing
+    return _refuses_dtypes(dtype, traits)
+
+
+def _refuses_dtypes(dtype: torch.dtype, traits: dict[str, object]) -> str | None:
     dtypes = [dtype, *(trait for trait in traits.values() if isinstance(trait, torch.dtype))]
     wrong = [d for d in dtypes if d not in _CODES]
     return f"takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None

@@ -150,17 +150,21 @@ def compiled_token_loss(
     """Loss of every row, and the gradient of ``(dloss * loss).sum()`` while the row is at hand.
 
     Args:
-        logits: ``[T, V]`` on the CPU, contiguous rows.
-        labels: ``[T]`` int64, within the vocabulary or ignored.
+        logits: ``[T, V]``, contiguous rows.
+        labels: ``[T]`` int64, within the vocabulary or ignored; on a GPU another one makes its row NaN.
         options: the loss.
         want_stats: fill `log_prob`, `entropy` and `correct`.
         dloss: ``[T]`` float32; None stands for ones.
         grad_out: ``[T, V]``, contiguous, that receives the gradient, or None. May be `logits` itself.
     """
-    result = empty_token_loss(logits, logits.shape[0], want_stats)
+    rows = logits.shape[0]
+    sizes = (rows, rows, *((rows if want_stats else 0,) * 2))
+    floats = [logits.new_empty(size, dtype=torch.float32) for size in sizes]
+    result = TokenLoss(*floats, logits.new_empty(sizes[-1], dtype=torch.bool))
     labels = labels.contiguous()
     dloss = None if dloss is None else dloss.contiguous()
-    _compiled.C.cpu.cross_entropy_fwd(
+    kernels, where = _compiled.place(logits)
+    kernels.cross_entropy_fwd(
         logits=logits.data_ptr(),
         logits_stride=logits.stride(0),
         labels=labels.data_ptr(),
@@ -175,6 +179,7 @@ def compiled_token_loss(
         cols=logits.shape[1],
         dtype=_compiled.dtype_code(logits.dtype),
         **options._asdict(),
+        **where,
     )
     return result
 

@@ -36,14 +36,15 @@ from lemur_fast.ops._registration import define, differentiable, once_differenti
 # options) -> dlogits [T, V]. The reference is `token_loss_reference`.
 
 
-def _cpu_forward(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool) -> TokenLoss:
+def _compiled_forward(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool) -> TokenLoss:
     return compiled_token_loss(unit_stride(logits), labels, options, want_stats)
 
 
-def _cpu_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
+def _compiled_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
     logits, dlogits = unit_stride(logits), logits.new_empty(logits.shape)
     dloss, labels = dloss.contiguous(), labels.contiguous()
-    _compiled.C.cpu.cross_entropy_bwd(
+    kernels, where = _compiled.place(logits)
+    kernels.cross_entropy_bwd(
         dloss=dloss.data_ptr(),
         logits=logits.data_ptr(),
         logits_stride=logits.stride(0),
@@ -54,6 +55,7 @@ def _cpu_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, op
         cols=logits.shape[1],
         dtype=_compiled.dtype_code(logits.dtype),
         **options._asdict(),
+        **where,
     )
     return dlogits
 
@@ -71,7 +73,8 @@ def _triton_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor,
     )
 
 
-register_backend("cross_entropy", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+for _name, _refuse in (("cuda", _compiled.refuses_cuda), ("cpu", _compiled.refuses_cpu)):
+    register_backend("cross_entropy", _name, refuse=_refuse, forward=_compiled_forward, backward=_compiled_backward)
 register_backend("cross_entropy", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend(
     "cross_entropy",

@@ -67,12 +67,19 @@ def _reference_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: 
     return y, x.new_empty(0) if residual is None else h, rstd
 
 
-def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight as the compiled kernels take it, with the same values: in x's dtype, or in float32."""
+    return weight if weight.dtype == x.dtype else weight.float()
+
+
+def _compiled_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = x.shape
     y = x.new_empty((rows, cols), dtype=torch.promote_types(x.dtype, weight.dtype))
     h = x.new_empty(0 if residual is None else (rows, cols))
     rstd = x.new_empty(rows, dtype=torch.float32)
-    _compiled.C.cpu.rms_norm_fwd(
+    weight = _weight_for(x, weight)
+    kernels, where = _compiled.place(x)
+    kernels.rms_norm_fwd(
         x=x.data_ptr(),
         x_stride=x.stride(0),
         residual=0 if residual is None else residual.data_ptr(),
@@ -86,17 +93,24 @@ def _cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         eps=eps,
         x_dtype=_compiled.dtype_code(x.dtype),
         w_dtype=_compiled.dtype_code(weight.dtype),
+        **where,
     )
     return y, h, rstd
 
 
-def _cpu_backward(
+def _compiled_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, want_dw: bool
 ) -> tuple[Tensor, Tensor]:
     rows, cols = h.shape
     dx = h.new_empty((rows, cols))
     dw = h.new_empty(cols if want_dw else 0, dtype=torch.float32)
-    _compiled.C.cpu.rms_norm_bwd(
+    weight = _weight_for(h, weight)
+    kernels, where = _compiled.place(h)
+    if where:  # on a GPU every processor makes a part of dw
+        parts = max(1, min(rows, _compiled.processors(where["device"])))
+        partial = h.new_empty((parts, cols) if want_dw else 0, dtype=torch.float32)
+        where |= {"partial": partial.data_ptr(), "parts": parts}
+    kernels.rms_norm_bwd(
         dy=dy.data_ptr(),
         dy_stride=dy.stride(0),
         dh=0 if dh is None else dh.data_ptr(),
@@ -111,11 +125,13 @@ def _cpu_backward(
         cols=cols,
         x_dtype=_compiled.dtype_code(h.dtype),
         w_dtype=_compiled.dtype_code(weight.dtype),
+        **where,
     )
     return dx, dw
 
 
-register_backend("rms_norm", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+for _name, _refuse in (("cuda", _compiled.refuses_cuda), ("cpu", _compiled.refuses_cpu)):
+    register_backend("rms_norm", _name, refuse=_refuse, forward=_compiled_forward, backward=_compiled_backward)
 register_backend(
     "rms_norm",
     "triton",

@@ -88,8 +88,12 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     outputs = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
     q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
+    # Kernels are built for tables of one dtype with x and y, and for float32, which has the values of all.
+    if not q.dtype == cos.dtype == dtype:
+        cos, sin = cos.float(), sin.float()
     if q.shape[2]:
-        _compiled.C.cpu.rotary(
+        kernels, where = _compiled.place(q)
+        kernels.rotary(
             items=[
                 (x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), x.shape[1])
                 for x, y in zip((q, k), outputs, strict=True)
@@ -106,15 +110,16 @@ def _rotate(
             x_dtype=_compiled.dtype_code(q.dtype),
             y_dtype=_compiled.dtype_code(dtype),
             table_dtype=_compiled.dtype_code(cos.dtype),
+            **where,
         )
     return outputs
 
 
-def _cpu_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def _compiled_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return _rotate(q, k, cos, sin, interleaved, torch.promote_types(q.dtype, cos.dtype), backward=False)
 
 
-def _cpu_backward(
+def _compiled_backward(
     dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return _rotate(dq, dk, cos, sin, interleaved, dtype, backward=True)
@@ -135,7 +140,8 @@ def _triton_backward(
     return _rotate_kernel(dq, dk, cos, sin, interleaved, dtype, transposed=True)
 
 
-register_backend("rotary", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+for _name, _refuse in (("cuda", _compiled.refuses_cuda), ("cpu", _compiled.refuses_cpu)):
+    register_backend("rotary", _name, refuse=_refuse, forward=_compiled_forward, backward=_compiled_backward)
 register_backend("rotary", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend("rotary", "reference", refuse=serves_any, forward=_reference_forward, backward=_reference_backward)
 

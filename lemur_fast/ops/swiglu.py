@@ -55,11 +55,12 @@ def _rows(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]) if x.numel() and x.dim() else x.reshape(1, -1))
 
 
-def _cpu_forward(gate: Tensor, up: Tensor) -> Tensor:
+def _compiled_forward(gate: Tensor, up: Tensor) -> Tensor:
     y = gate.new_empty(gate.shape)
     gate, up = _rows(gate), _rows(up)
     if y.numel():
-        _compiled.C.cpu.swiglu_fwd(
+        kernels, where = _compiled.place(gate)
+        kernels.swiglu_fwd(
             gate=gate.data_ptr(),
             gate_stride=gate.stride(0),
             up=up.data_ptr(),
@@ -68,15 +69,17 @@ def _cpu_forward(gate: Tensor, up: Tensor) -> Tensor:
             rows=gate.shape[0],
             cols=gate.shape[1],
             dtype=_compiled.dtype_code(gate.dtype),
+            **where,
         )
     return y
 
 
-def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _compiled_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     dy, gate, up = _rows(dy), _rows(gate), _rows(up)
     if dgate.numel():
-        _compiled.C.cpu.swiglu_bwd(
+        kernels, where = _compiled.place(gate)
+        kernels.swiglu_bwd(
             dy=dy.data_ptr(),
             dy_stride=dy.stride(0),
             gate=gate.data_ptr(),
@@ -88,6 +91,7 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
             rows=gate.shape[0],
             cols=gate.shape[1],
             dtype=_compiled.dtype_code(gate.dtype),
+            **where,
         )
     return dgate, dup
 
@@ -102,7 +106,8 @@ def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 
 _forward_kernel, _backward_kernel = _triton.kernel("swiglu", "forward"), _triton.kernel("swiglu", "backward")
-register_backend("swiglu", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
+for _name, _refuse in (("cuda", _compiled.refuses_cuda), ("cpu", _compiled.refuses_cpu)):
+    register_backend("swiglu", _name, refuse=_refuse, forward=_compiled_forward, backward=_compiled_backward)
 register_backend("swiglu", "triton", refuse=_triton.refuses, forward=_triton_forward, backward=_triton_backward)
 register_backend("swiglu", "reference", refuse=serves_any, forward=swiglu_reference, backward=swiglu_backward_reference)
 

@@ -1,19 +1,25 @@
-"""Tests of the Triton kernels themselves, on machines that need no GPU.
+"""Tests of the GPU kernels themselves, on machines that need no GPU.
 
-``python -m pytest tests/kernels`` compiles them for sm_80 and sm_90 and executes the machine code (`tests.ptxsim`);
-``TRITON_INTERPRET=1 python -m pytest tests/kernels`` runs their source in Triton's interpreter.
+``python -m pytest tests/kernels`` compiles Triton's for sm_80 and sm_90, and those of ``csrc/cuda``, which work on rows,
+for sm_80, and executes the machine code (`tests.ptxsim`); ``TRITON_INTERPRET=1 python -m pytest tests/kernels`` runs the
+source of Triton's in its interpreter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.ahead_of_time import recording
-from lemur_fast.kernels import common
+from lemur_fast.kernels import common, cross_entropy, rms_norm, rotary, swiglu
 from tests.conftest import INTERPRETING
+from tests.cuda import simulated as cuda
 from tests.ptxsim.from_triton import execute
 
 COMPILED = ["sm_80", "sm_90"]
@@ -47,3 +53,29 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
 def architecture(request: pytest.FixtureRequest) -> Iterator[str]:
     """As `machine`, with the tiles of each architecture in the interpreter, too."""
     yield from _run_on(request.param)
+
+
+@dataclass(frozen=True)
+class RowKernels:
+    """The kernels that walk rows, in one of the ways that they are written, and what makes a GPU smaller."""
+
+    rms_norm: Any
+    swiglu: Any
+    cross_entropy: Any
+    rotary: Any
+    processors: Callable[[int], AbstractContextManager]
+
+
+@pytest.fixture(params=["sm_80 interpreted"] if INTERPRETING else [*COMPILED, "cuda"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[RowKernels]:
+    """Triton's kernels, by what runs them, and those of ``csrc/cuda``."""
+    if request.param != "cuda":
+        for architecture in _run_on(request.param):
+            yield RowKernels(
+                rms_norm, swiglu, cross_entropy, rotary, lambda count: common.pretending(architecture, count)
+            )
+        return
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on the PATH")
+    with cuda.simulated():
+        yield RowKernels(cuda.rms_norm, cuda.swiglu, cuda.cross_entropy, cuda.rotary, cuda.processors)

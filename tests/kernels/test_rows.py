@@ -1,11 +1,10 @@
-"""The kernels that walk rows: LLaMA-like rows, odd and very wide ones, labels from nowhere, odd heads."""
+"""The kernels that walk rows, Triton's and CUDA C++'s: LLaMA-like rows, odd and very wide ones, labels from nowhere."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lemur_fast.kernels import common, cross_entropy, rms_norm, rotary, swiglu
 from tests.conftest import slow_compiled
 from tests.criterion import assert_as_good
 
@@ -33,12 +32,12 @@ def norm_gradients(dy, dh, h, weight, eps=1e-5):
     return (dx if dh is None else dx + dh), dw
 
 
-def check_norm(architecture, rows, cols, dtype, apart, with_residual):
+def check_norm(kernels, rows, cols, dtype, apart, with_residual):
     x, residual, dy, dh = rows_of(rows, cols, dtype, 4, apart)
     if not with_residual:
         residual = dh = None
     weight = torch.randn(cols).to(dtype)
-    y, h, rstd = rms_norm.forward(x, residual, weight, 1e-5)
+    y, h, rstd = kernels.rms_norm.forward(x, residual, weight, 1e-5)
     want_h = x + residual if with_residual else x
     if with_residual:
         assert torch.equal(h, want_h)
@@ -46,8 +45,8 @@ def check_norm(architecture, rows, cols, dtype, apart, with_residual):
     torch.testing.assert_close(rstd.double(), exact, rtol=1e-6, atol=0)
     # As Hugging Face rounds: the row first, then the product.
     assert torch.equal(y, (want_h.float() * rstd[:, None]).to(dtype) * weight)
-    with common.pretending(architecture, 2):  # two programs, which turn more than once
-        dx, dw = rms_norm.backward(dy, dh, want_h, weight, rstd, True)
+    with kernels.processors(2):  # two programs, which turn more than once
+        dx, dw = kernels.rms_norm.backward(dy, dh, want_h, weight, rstd, True)
     stock_dx, _ = norm_gradients(dy, dh, want_h, weight.float())
     exact_dx, _ = norm_gradients(dy.double(), dh.double() if with_residual else None, want_h.double(), weight.double())
     assert_as_good("dx", dx, stock_dx, exact_dx, floor=2**-20)
@@ -60,22 +59,22 @@ def check_norm(architecture, rows, cols, dtype, apart, with_residual):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("cols", [4096, 100])
-def test_norm(machine, dtype, cols, with_residual):
-    check_norm(machine, 9 if cols > 1000 else 200, cols, dtype, 0, with_residual)
+def test_norm(kernels, dtype, cols, with_residual):
+    check_norm(kernels, 9 if cols > 1000 else 200, cols, dtype, 0, with_residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", [8193, 16384, pytest.param(20_000, marks=slow_compiled)])
-def test_norm_of_rows_wider_than_the_registers(machine, dtype, cols):
-    check_norm(machine, 9, cols, dtype, 8, True)
+def test_norm_of_rows_wider_than_the_registers(kernels, dtype, cols):
+    check_norm(kernels, 9, cols, dtype, 8, True)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 64])
-def test_dw_is_summed_over_any_number_of_programs(machine, programs):
+def test_dw_is_summed_over_any_number_of_programs(kernels, programs):
     h, dy = torch.randn(500, 40), torch.randn(500, 40)  # 64 rows a turn
     rstd = (h.square().mean(-1) + 1e-5).rsqrt()
-    with common.pretending(machine, programs):
-        _, dw = rms_norm.backward(dy, None, h, torch.ones(40), rstd, True)
+    with kernels.processors(programs):
+        _, dw = kernels.rms_norm.backward(dy, None, h, torch.ones(40), rstd, True)
     torch.testing.assert_close(dw, (dy * h * rstd[:, None]).sum(0), rtol=1e-5, atol=1e-4)
 
 
@@ -84,7 +83,7 @@ def test_dw_is_summed_over_any_number_of_programs(machine, programs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cols", "apart"), [(4096, 0), (2051, 0), (2056, 8)])
-def test_swiglu(machine, dtype, cols, apart):
+def test_swiglu(kernels, dtype, cols, apart):
     gate, up, dy = rows_of(3, cols, dtype, 3, apart)
 
     def formula(gate, up, dy):
@@ -92,7 +91,7 @@ def test_swiglu(machine, dtype, cols, apart):
         y = torch.nn.functional.silu(gate) * up
         return y.detach(), *torch.autograd.grad(y, (gate, up), dy)
 
-    got = (swiglu.forward(gate, up), *swiglu.backward(dy, gate, up))
+    got = (kernels.swiglu.forward(gate, up), *kernels.swiglu.backward(dy, gate, up))
     stock, exact = formula(gate, up, dy), formula(gate.double(), up.double(), dy.double())
     for name, *triple in zip(("y", "dgate", "dup"), got, stock, exact, strict=True):
         assert_as_good(name, *triple)
@@ -123,10 +122,10 @@ def losses(logits, labels, dloss, *, ignore_index, label_smoothing, z_loss, soft
     [PLAIN, PLAIN | {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}],
     ids=["plain", "all options"],
 )
-def test_cross_entropy(machine, dtype, cols, options):
+def test_cross_entropy(kernels, dtype, cols, options):
     logits, labels, dloss = (3 * torch.randn(4, cols)).to(dtype), torch.tensor([5, -100, 0, cols - 1]), torch.randn(4)
-    loss, lse, log_prob, entropy, correct = cross_entropy.forward(logits, labels, True, **options)
-    dlogits = cross_entropy.backward(dloss, logits, labels, lse, **options)
+    loss, lse, log_prob, entropy, correct = kernels.cross_entropy.forward(logits, labels, True, **options)
+    dlogits = kernels.cross_entropy.backward(dloss, logits, labels, lse, **options)
     stock = losses(logits, labels, dloss, **options)
     exact = losses(logits.double(), labels, dloss.double(), **options)
     for name, got, peer, want in zip(("loss", "lse", "dlogits"), (loss, lse, dlogits), stock, exact, strict=True):
@@ -144,12 +143,12 @@ def test_cross_entropy(machine, dtype, cols, options):
 
 
 @pytest.mark.parametrize("label", [-1, 101, 2**40, -(2**40)])
-def test_a_label_from_nowhere_makes_its_row_nan_and_no_other(machine, label):
+def test_a_label_from_nowhere_makes_its_row_nan_and_no_other(kernels, label):
     logits = torch.randn(3, 101)
     labels = torch.tensor([5, label, 7])
     options = PLAIN | {"label_smoothing": 0.1, "z_loss": 1e-3}
     dlogits = torch.full_like(logits, 7.0)
-    loss, *_ = cross_entropy.forward(logits, labels, True, None, dlogits, **options)
+    loss, *_ = kernels.cross_entropy.forward(logits, labels, True, None, dlogits, **options)
     good = torch.nn.functional.cross_entropy(logits, torch.tensor([5, 0, 7]), label_smoothing=0.1, reduction="none")
     good = good + 1e-3 * logits.logsumexp(-1).square()
     torch.testing.assert_close(loss[[0, 2]], good[[0, 2]])
@@ -159,15 +158,15 @@ def test_a_label_from_nowhere_makes_its_row_nan_and_no_other(machine, label):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_may_overwrite_the_logits(machine, dtype):
+def test_the_gradient_may_overwrite_the_logits(kernels, dtype):
     """What `linear_cross_entropy` does with the logits of a chunk."""
     logits, labels = torch.randn(4, 9000).to(dtype), torch.tensor([5, -100, 0, 8999])
     apart = torch.empty_like(logits)
     dloss = torch.randn(4)
-    before = cross_entropy.forward(logits, labels, True, dloss, apart, **PLAIN)
+    before = kernels.cross_entropy.forward(logits, labels, True, dloss, apart, **PLAIN)
     exact = losses(logits.double(), labels, dloss.double(), **PLAIN)
     assert_as_good("dlogits", apart, losses(logits, labels, dloss, **PLAIN)[2], exact[2], floor=2**-20)
-    after = cross_entropy.forward(logits, labels, True, dloss, logits, **PLAIN)
+    after = kernels.cross_entropy.forward(logits, labels, True, dloss, logits, **PLAIN)
     assert torch.equal(logits, apart)
     assert all(map(torch.equal, before, after))
 
@@ -197,13 +196,13 @@ def rotated(x, cos, sin, interleaved, transposed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_rotary(machine, dtype, interleaved, transposed):
+def test_rotary(kernels, dtype, interleaved, transposed):
     """LLaMA's heads, queries and keys views of one projection; half a table, and a whole one."""
     projection = torch.randn(5, 12, 128).to(dtype)
     for width in (64, 128):
         cos, sin = torch.randn(5, width).to(dtype), torch.randn(5, width).to(dtype)
         heads = (projection[:, :8], projection[:, 8:])
-        got = rotary.rotate(*heads, cos, sin, interleaved, dtype, transposed)
+        got = kernels.rotary.rotate(*heads, cos, sin, interleaved, dtype, transposed)
         for name, x, y in zip("qk", heads, got, strict=True):
             stock = rotated(x, cos, sin, interleaved, transposed)
             exact = rotated(x, cos.double(), sin.double(), interleaved, transposed)
@@ -213,11 +212,11 @@ def test_rotary(machine, dtype, interleaved, transposed):
 @pytest.mark.parametrize("head_dim", [2, pytest.param(80, marks=slow_compiled), pytest.param(256, marks=slow_compiled)])
 @pytest.mark.parametrize("heads", [(1, 1), (40, 5), (3, 0), pytest.param((0, 0), marks=slow_compiled)])
 @pytest.mark.parametrize("interleaved", [False, pytest.param(True, marks=slow_compiled)])
-def test_any_number_of_heads(machine, head_dim, heads, interleaved):
+def test_any_number_of_heads(kernels, head_dim, heads, interleaved):
     q, k = (torch.randn(5, count, head_dim + 2)[..., :head_dim] for count in heads)
     cos, sin = torch.randn(5, head_dim), torch.randn(5, head_dim)
     for transposed in (False, True):
-        got = rotary.rotate(q, k, cos, sin, interleaved, torch.float32, transposed)
+        got = kernels.rotary.rotate(q, k, cos, sin, interleaved, torch.float32, transposed)
         for x, y in zip((q, k), got, strict=True):
             want = rotated(x, cos.double(), sin.double(), interleaved, transposed)
             torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-6)
