@@ -62,12 +62,13 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _CODES[dtype]
 
 
-def refuses_cpu(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+def refuses_cpu(device: torch.device, dtype: torch.dtype, **traits: object) -> str | None:
     """Why the C++ kernels cannot serve a call; None when they can."""
-    if device_type != "cpu":
+    if device.type != "cpu":
         return "needs CPU tensors"
     if missing is not None:
         return missing
-    dtypes = [dtype, *(trait for trait in traits.values() if isinstance(trait, torch.dtype))]
-    wrong = [d for d in dtypes if d not in _CODES]
-    return f"takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
+    for value in (dtype, *traits.values()):
+        if isinstance(value, torch.dtype) and value not in _CODES:
+            return f"takes float32, bfloat16 and float16, not {value}"
+    return None
