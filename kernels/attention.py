@@ -17,6 +17,7 @@ Sources: Dao, "FlashAttention-2", 2023, arXiv 2307.08691.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -105,18 +106,36 @@ def _without_idle_window(options: Options, key_tokens: int) -> Options:
     return options._replace(window=0) if options.window >= key_tokens else options
 
 
-def tiles_for(q: Tensor, options: Options) -> Tiles:
-    """The tiles for queries ``[T, Hq, D]``."""
+MeasuredTiles = tuple[tuple[int, int, int, int], ...]
+"""`Tiles` without their names: as they are kept where they were measured, on the user's own device."""
+
+
+def tiles_for(q: Tensor, options: Options, measured: MeasuredTiles | None = None) -> Tiles:
+    """The tiles for queries ``[T, Hq, D]``; `measured` ones in place of the table's, where they may serve.
+
+    They are measured in 16 bits, without a window and a softcap: those need registers of their own.
+    """
     width = max(64, next_power_of_2(q.shape[2]))
     wider = min(256, 2 * width) if options.window or options.softcap else width
     if q.element_size() > 2:
         return IN_FLOAT32[wider]
+    if measured is not None and wider == width and not options.window and not options.softcap:
+        return Tiles(*(Tile(*tile) for tile in measured))
     name = architecture(q)
     if name not in TILES:
         name = "gfx942" if name.startswith("gfx") else "sm_80"
     if wider > width and (name, width) in TILES_WITH_OPTIONS:
         return TILES_WITH_OPTIONS[name, width]
     return TILES[name][wider]
+
+
+def neighbours(tile: Tile) -> Iterator[Tile]:
+    """Tiles worth measuring beside one: a factor of 2 in one number, or a stage more or less."""
+    own, walked, warps, stages = tile
+    yield from (Tile(own, size, warps, stages) for size in (walked // 2, walked * 2) if size >= 16)
+    yield from (Tile(size, walked, warps, stages) for size in (own // 2, own * 2) if size >= 16)
+    yield Tile(own, walked, 4 if warps == 8 else 8, stages)
+    yield from (Tile(own, walked, warps, number) for number in (stages - 1, stages + 1) if number >= 1)
 
 
 # ---- which tokens a tile has -----------------------------------------------------------------------------------------
@@ -546,7 +565,13 @@ def _tiles(tokens: int, documents: int, own: int) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    options: Options,
+    measured: MeasuredTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of documents.
 
@@ -557,6 +582,7 @@ def forward(
         cu_seqlens: ``[N + 1]`` int32, contiguous.
         cu_seqlens_k: as `cu_seqlens`.
         options: causal, window, softcap, scale.
+        measured: tiles for `tiles_for`.
 
     Returns:
         out ``[T, Hq, D]``, contiguous, and lse ``[Hq, T]`` float32, -inf for a query that sees nothing.
@@ -565,7 +591,7 @@ def forward(
     tokens, heads, _ = q.shape
     documents = cu_seqlens.numel() - 1
     out, lse = q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32)
-    tile = tiles_for(q, options).forward
+    tile = tiles_for(q, options, measured).forward
     if q.numel():
         with on_device_of(q):
             forward_kernel[(_tiles(tokens, documents, tile.own), heads)](
@@ -587,6 +613,7 @@ def backward(
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
     options: Options,
+    measured: MeasuredTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, contiguous.
 
@@ -601,6 +628,7 @@ def backward(
         cu_seqlens: ``[N + 1]`` int32.
         cu_seqlens_k: ``[N + 1]`` int32.
         options: causal, window, softcap, scale.
+        measured: tiles for `tiles_for`.
     """
     options = _without_idle_window(options, k.shape[0])
     tokens, heads, head_dim = q.shape
@@ -608,7 +636,7 @@ def backward(
     documents = cu_seqlens.numel() - 1
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = lse.new_empty(lse.shape)
-    tiles, width = tiles_for(q, options), max(16, next_power_of_2(head_dim))
+    tiles, width = tiles_for(q, options, measured), max(16, next_power_of_2(head_dim))
     shared = (cu_seqlens, cu_seqlens_k, documents, tokens, key_tokens, options.scale, options.softcap, options.window)
     strides = tuple(stride for x in (q, k, v, dout) for stride in x.stride()[:2])
     with on_device_of(q):

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import torch
 
 import lemur_fast
 from lemur_fast import _compiled
+from lemur_fast._devices import cpu_model
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "accelerate", "peft", "trl")
 
@@ -26,20 +24,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_model() -> str:
-    """The CPU's name, as its system tells it."""
-    try:
-        if sys.platform == "darwin":
-            return subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-            ).stdout.strip()
-        text = Path("/proc/cpuinfo").read_text()
-    except (OSError, subprocess.CalledProcessError):
-        return platform.processor() or "unknown"
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or "unknown"
 
 
 def _attempt(function: Callable[[], str]) -> str:
@@ -101,7 +85,7 @@ def report() -> str:
         ("Python", f"{platform.python_version()} ({platform.python_implementation()})"),
         *((package, _version(package)) for package in PACKAGES),
         ("system", platform.platform()),
-        ("CPU", f"{_cpu_model()} ({platform.machine()})"),
+        ("CPU", f"{cpu_model()} ({platform.machine()})"),
         ("torch threads", str(torch.get_num_threads())),
         *_compiled_lines(),
         *_gpu_lines(),

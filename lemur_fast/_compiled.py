@@ -6,11 +6,14 @@ import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from lemur_fast import _devices
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -78,53 +81,53 @@ def processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def _why_no_cuda() -> str | None:
-    """Why there are no CUDA kernels; None when there are."""
-    if missing is not None:
-        return missing
-    reason: str | None = C.build_info()["cuda_missing"]
-    return f"the CUDA kernels were not built: {reason}" if reason else None
+def lacking(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:
+    """Why none of the code that was built runs on a GPU; None when some does.
 
-
-def _lacks(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
-    """Why no code that was built runs on a GPU; None when some does.
-
-    ``sm_80`` runs on every 8.x from 8.0 on, ``sm_90a`` on 9.0 alone, and ``compute_90``, which the driver compiles, on
-    all that came later.
+    ``sm_80`` runs on every 8.x, ``sm_86`` from 8.6 on, ``sm_90a`` on 9.0 alone; the driver compiles ``compute_120`` for
+    what came later.
     """
-    major, minor = capability
     for name in architectures:
         kind, _, number = name.partition("_")
         digits = number.rstrip("af")
         built = int(digits[:-1]), int(digits[-1])
-        if number != digits:
+        if number.endswith("a"):
             fits = built == capability
         elif kind == "sm":
-            fits = built[0] == major and built[1] <= minor
+            fits = built[0] == capability[0] and built <= capability
         else:
             fits = built <= capability
         if fits:
             return None
-    return f"built for {', '.join(architectures)}; this GPU is sm_{major}{minor}"
+    return f"the CUDA kernels were built for {', '.join(architectures)}; this GPU is sm_{capability[0]}{capability[1]}"
+
+
+@torch.compiler.assume_constant_result  # neither the build nor the device changes
+def _why_no_cuda(device: torch.device) -> str | None:
+    """Why there are no CUDA kernels for a GPU; None when there are."""
+    if missing is not None:
+        return missing
+    return _of_build(device)
 
 
 @functools.cache
-def _refuses_gpu(device: int) -> str | None:
-    return _lacks(torch.cuda.get_device_capability(device), tuple(C.build_info()["cuda_archs"]))
+def _of_build(device: torch.device) -> str | None:
+    info = C.build_info()
+    if info["cuda"] is None:
+        return f"the CUDA kernels were not built: {info['cuda_missing']}"
+    return lacking(_devices.capability(device), info["cuda_archs"])
 
 
 def refuses_cuda(device: torch.device, dtype: torch.dtype, **traits: object) -> str | None:
     """Why the CUDA C++ kernels cannot serve a call; None when they can."""
     if device.type != "cuda" or torch.version.hip:
         return "needs CUDA tensors"
-    reason = _why_no_cuda() or _refuses_gpu(torch.cuda.current_device() if device.index is None else device.index)
-    return reason or _refuses_dtypes(dtype, traits)
+    return _why_no_cuda(device) or _refuses_dtypes(dtype, traits)
 
 
-def refuses_cpu(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+def refuses_cpu(device: torch.device, dtype: torch.dtype, **traits: object) -> str | None:
     """Why the C++ kernels cannot serve a call; None when they can."""
-    if device_type != "cpu":
+    if device.type != "cpu":
         return "needs CPU tensors"
     if missing is not None:
         return missing
@@ -132,6 +135,7 @@ def refuses_cpu(device_type: str, dtype: torch.dtype, **traits: object) -> str |
 
 
 def _refuses_dtypes(dtype: torch.dtype, traits: dict[str, object]) -> str | None:
-    dtypes = [dtype, *(trait for trait in traits.values() if isinstance(trait, torch.dtype))]
-    wrong = [d for d in dtypes if d not in _CODES]
-    return f"takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
+    for value in (dtype, *traits.values()):
+        if isinstance(value, torch.dtype) and value not in _CODES:
+            return f"takes float32, bfloat16 and float16, not {value}"
+    return None

@@ -11,23 +11,32 @@ from typing import Any
 
 import torch
 
+from lemur_fast._devices import capability
+
 OLDEST = (3, 6)
 """The oldest Triton that the kernels are written for."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _why_missing() -> str | None:
-    """Why there is no usable Triton; None when there is."""
+def installed() -> str | None:
+    """The version of the installed Triton; None when there is none."""
     for package in ("triton", "triton-rocm", "pytorch-triton-rocm"):
         try:
-            installed = version(package)
+            return version(package)
         except PackageNotFoundError:
             continue
-        if tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST:
-            return None
-        return f"triton {installed} is too old; needs triton >= {OLDEST[0]}.{OLDEST[1]}"
-    return f"triton is not installed; needs triton >= {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+def _why_missing() -> str | None:
+    """Why there is no usable Triton; None when there is."""
+    found = installed()
+    if found is None:
+        return f"triton is not installed; needs triton >= {OLDEST[0]}.{OLDEST[1]}"
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        return f"triton {found} is too old; needs triton >= {OLDEST[0]}.{OLDEST[1]}"
+    return None
 
 
 # Looked up once, at import, so that torch.compile can go through `refuses`.
@@ -38,19 +47,20 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 """Whether kernels run in Triton's interpreter, on CPU tensors; Triton, too, reads it when a kernel is defined."""
 
 
-def refuses(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+def refuses(device: torch.device, dtype: torch.dtype, **traits: object) -> str | None:
     """Why the Triton kernels cannot serve a call; None when they can."""
     if missing is not None:
         return missing
-    if device_type == "cpu" and not INTERPRETING:
+    if device.type == "cpu" and not INTERPRETING:
         return "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1, which runs the kernels on the CPU, slowly)"
-    if device_type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda"):
         return "needs CUDA or ROCm tensors"
-    if device_type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability()[0] < 8:
+    if device.type == "cuda" and torch.version.cuda and capability(device)[0] < 8:
         return "needs compute capability 8.0 or newer"
-    dtypes = [dtype, *(trait for trait in traits.values() if isinstance(trait, torch.dtype))]
-    wrong = [d for d in dtypes if d not in _DTYPES]
-    return f"takes float32, bfloat16 and float16, not {wrong[0]}" if wrong else None
+    for value in (dtype, *traits.values()):
+        if isinstance(value, torch.dtype) and value not in _DTYPES:
+            return f"takes float32, bfloat16 and float16, not {value}"
+    return None
 
 
 def kernel(module: str, function: str) -> Callable[..., Any]:

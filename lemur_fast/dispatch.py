@@ -1,18 +1,21 @@
 """Which implementation serves an op.
 
-Every op has up to four implementations, named by backend:
+Every op has several implementations, named by backend:
 
 ========== =======================================================
 cuda       CUDA C++ kernels in ``csrc/cuda``
 triton     Triton kernels in ``kernels/``
+varlen     attention alone: ``torch.nn.attention.varlen``
+flash_attn attention alone: the flash-attn package, when installed
 cpu        C++ kernels in ``csrc/cpu``
 reference  the formula in plain torch: always there, on any device, in any dtype
 ========== =======================================================
 
 The public functions of `lemur_fast.ops` call `choose` once, in the forward, and pass the name on to the operator and to
-its backward, which may run in another thread. On a CUDA device the default order is cuda, triton, reference; on every
-other device cpu, reference. `use_backend` and the environment variable ``LEMUR_FAST_BACKEND`` replace that order, and
-then an op that none of the named backends can serve raises: nothing falls back in silence.
+its backward, which may run in another thread. The order in which backends are tried comes from `preferences`: what
+ships, or what ``python -m lemur_fast tune`` measured on this device. `use_backend` and the environment variable
+``LEMUR_FAST_BACKEND`` replace that order, and then an op that none of the named backends can serve raises: nothing
+falls back in silence.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
-_GPU_ORDER = ("cuda", "triton", "reference")
-_CPU_ORDER = ("cpu", "reference")
+from lemur_fast import preferences
+from lemur_fast.preferences import BACKENDS
 
 
 class BackendError(RuntimeError):
@@ -38,8 +41,9 @@ class Backend:
     """One implementation of one op.
 
     Attributes:
-        refuse: says why this call cannot be served, or returns None when it can. Called with the device type, the
-            dtype of the main input and the op's own traits (such as ``head_dim=``); must not look at tensor values.
+        refuse: says why this call cannot be served, or returns None when it can. Called with the device of the inputs,
+            the dtype of the main one, ``wants_grad=`` and the op's own traits (such as ``head_dim=``); must not look at
+            tensor values.
         functions: the callables the op's operators run, by role (``forward``, ``backward``, ...).
     """
 
@@ -62,7 +66,7 @@ def implementation(op: str, backend: str, role: str) -> Callable:
     return _registry[op][backend].functions[role]
 
 
-def serves_any(device_type: str, dtype: torch.dtype, **traits: object) -> str | None:
+def serves_any(device: torch.device, dtype: torch.dtype, **traits: object) -> str | None:
     """The `refuse` of an implementation that serves every call."""
     return None
 
@@ -98,7 +102,8 @@ def use_backend(*names: str) -> Iterator[None]:
     Holds for the whole process (all threads) until the block ends. Blocks nest; the innermost one rules.
 
     Args:
-        *names: backends in order of preference, of ``cuda``, ``triton``, ``cpu``, ``reference``.
+        *names: backends in order of preference, of ``cuda``, ``triton``, ``varlen``, ``flash_attn``, ``cpu``,
+            ``reference``.
 
     Raises:
         ValueError: an unknown name, or none.
@@ -117,61 +122,115 @@ def use_backend(*names: str) -> Iterator[None]:
         _requested = before
 
 
-def _reason(op: str, name: str, device_type: str, dtype: torch.dtype, traits: dict[str, object]) -> str | None:
+def wants_grad(*tensors: Tensor) -> bool:
+    """Whether a call on these tensors will be differentiated, as far as can be known."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
+
+
+def _reason(op: str, name: str, device: torch.device, dtype: torch.dtype, traits: dict[str, object]) -> str | None:
     """Why backend `name` cannot serve this call of `op`; None when it can."""
     backend = _registry[op].get(name)
     if backend is None:
         return "not written for this op"
-    return backend.refuse(device_type, dtype, **traits)
+    return backend.refuse(device, dtype, **traits)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, **traits: object) -> str:
+def choose(op: str, device: torch.device, dtype: torch.dtype, elements: int, wants_grad: bool, **traits: object) -> str:
     """The backend that serves this call.
 
     Args:
         op: the op's name, as in `lemur_fast.ops`.
         device: the device of the inputs.
         dtype: the dtype of the main input.
+        elements: number of elements of the main input.
+        wants_grad: whether the call will be differentiated.
         **traits: what else the choice may hang on, such as ``head_dim``.
 
     Raises:
         BackendError: none of the backends asked for can serve it; names each with its reason.
     """
-    default = _GPU_ORDER if device.type == "cuda" else _CPU_ORDER
-    order = default if _requested is None else _requested
+    order = _requested
+    if order is None:
+        orders = preferences.orders_for(op, device, dtype, wants_grad)
+        order = preferences.pick(orders, elements, traits.get("head_dim", 0))
+    traits["wants_grad"] = wants_grad
+    backends = _registry[op]
     for name in order:
-        if _reason(op, name, device.type, dtype, traits) is None:
+        if name in backends and backends[name].refuse(device, dtype, **traits) is None:
             return name
-    reasons = "; ".join(f"{name}: {_reason(op, name, device.type, dtype, traits)}" for name in order)
+    reasons = "; ".join(f"{name}: {_reason(op, name, device, dtype, traits)}" for name in order)
     raise BackendError(f"{op} on {device.type} in {dtype}: no backend of those asked for can serve it ({reasons})")
 
 
-# What `explain` asks for where a choice hangs on more than device and dtype: LLaMA-2's own values.
-_TYPICAL_TRAITS: dict[str, dict[str, object]] = {"attention": {"head_dim": 128}}
+# What `explain` asks for where a choice hangs on more than device, dtype and size: training at LLaMA-2's own values.
+_TYPICAL_TRAITS: dict[str, dict[str, object]] = {
+    "attention": {"head_dim": 128, "causal": True, "window": 0, "softcap": 0.0, "return_lse": False}
+}
+
+
+def _line(op: str, order: tuple[str, ...], device: torch.device, dtype: torch.dtype, wants_grad: bool) -> str:
+    """What an order comes to: the backend chosen, and of the others why they are not."""
+    traits = {"wants_grad": wants_grad, **_TYPICAL_TRAITS.get(op, {})}
+    written = [name for name in BACKENDS if name in _registry[op]]
+    reasons = {name: _reason(op, name, device, dtype, traits) for name in BACKENDS}
+    chosen = next((name for name in order if reasons[name] is None), "none: a call raises")
+    others = [
+        f"{name}: {reasons[name] or ('available' if name in order else 'available when asked for by name')}"
+        for name in written
+        if name != chosen
+    ]
+    absent = [name for name in BACKENDS if name not in written]
+    if absent:
+        others.append(f"not written for this op: {', '.join(absent)}")
+    return f"-> {chosen:<9}  [{'; '.join(others)}]"
+
+
+def _classes(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(name, order, whether gradients are wanted) of each class of calls that has an order of its own."""
+    by_direction = [preferences.orders_for(op, device, dtype, wanted) for wanted in (False, True)]
+    for wanted, orders in enumerate(by_direction):
+        direction = "" if by_direction[0] == by_direction[1] else preferences.DIRECTIONS[wanted]
+        if not direction and not wanted:
+            continue  # told once, as training
+        for sizes, head_dim in zip(orders, preferences.HEAD_DIMS, strict=False):
+            for order, size in zip(sizes, preferences.SIZES, strict=False):
+                names = [
+                    direction,
+                    size if len(sizes) > 1 else "",
+                    f"head_dim <= {head_dim}" if len(orders) > 1 else "",
+                ]
+                yield ", ".join(filter(None, names)), order, bool(wanted)
 
 
 def explanation(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
     """The text that `explain` prints."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    order = _requested or (_GPU_ORDER if device.type == "cuda" else _CPU_ORDER)
-    origin = "default order" if _requested is None else "order asked for"
-    lines = [f"lemur_fast ops on {device.type} in {dtype} ({origin}: {', '.join(order)})"]
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if _requested is None:
+        origin = f"order of backends: {preferences.table_of(device).origin}"
+    else:
+        origin = f"order asked for: {', '.join(_requested)}"
+    lines = [f"lemur_fast ops on {device} in {dtype} ({origin})"]
     width = max(map(len, _registry))
     for op in _registry:
-        traits = _TYPICAL_TRAITS.get(op, {})
-        reasons = {name: _reason(op, name, device.type, dtype, traits) for name in BACKENDS}
-        chosen = next((name for name in order if reasons[name] is None), "none: a call raises")
-        others = [
-            f"{name}: {reasons[name] or ('available' if name in order else 'available when asked for by name')}"
-            for name in BACKENDS
-            if name != chosen
-        ]
-        lines.append(f"  {op:<{width}}  -> {chosen:<9}  [{'; '.join(others)}]")
+        classes = list(_classes(op, device, dtype)) if _requested is None else [("", _requested, True)]
+        if len(classes) == 1:
+            lines.append(f"  {op:<{width}}  {_line(op, classes[0][1], device, dtype, True)}")
+            continue
+        lines.append(f"  {op:<{width}}  by class of calls:")
+        longest = max(len(name) for name, _, _ in classes)
+        for name, order, wanted in classes:
+            lines.append(f"    {name:<{longest}}  {_line(op, order, device, dtype, wanted)}")
     return "\n".join(lines)
 
 
 def explain(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Prints for each op which backend a call would get, and why the others would not serve it.
+    """Prints for each op which backend a call would get, why the others would not serve it, and which table says so.
 
     Args:
         device: device to ask for; the GPU when there is one, else the CPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ import torch
 # Tests meet networks nowhere: a hub look-up would be a defect of the test.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Nor do they read or write what the user tuned: here, in subprocesses, and while tests are collected.
+_cache = tempfile.TemporaryDirectory(prefix="lemur_fast-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -158,9 +158,10 @@ def compiled_token_loss(
         grad_out: ``[T, V]``, contiguous, that receives the gradient, or None. May be `logits` itself.
     """
     rows = logits.shape[0]
-    sizes = (rows, rows, *((rows if want_stats else 0,) * 2))
-    floats = [logits.new_empty(size, dtype=torch.float32) for size in sizes]
-    result = TokenLoss(*floats, logits.new_empty(sizes[-1], dtype=torch.bool))
+    stats = rows if want_stats else 0
+    loss, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    log_prob, entropy = (logits.new_empty(stats, dtype=torch.float32) for _ in range(2))
+    result = TokenLoss(loss, lse, log_prob, entropy, logits.new_empty(stats, dtype=torch.bool))
     labels = labels.contiguous()
     dloss = None if dloss is None else dloss.contiguous()
     kernels, where = _compiled.place(logits)

@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lemur_fast import _compiled, _triton
-from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any
+from lemur_fast import _compiled, _triton, preferences
+from lemur_fast.dispatch import choose, debug_enabled, implementation, register_backend, serves_any, wants_grad
+from lemur_fast.ops import _flash
 from lemur_fast.ops._checks import (
     check_count,
     check_device,
@@ -296,7 +297,8 @@ def _triton_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    return _forward_kernel(q, k, v, cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), options)
+    tiles = preferences.tiles_for(q.device, q.shape[2])
+    return _forward_kernel(q, k, v, cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), options, tiles)
 
 
 def _triton_backward(
@@ -313,9 +315,9 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
-    return _backward_kernel(
-        dout, dlse, q, k, v, out, lse.contiguous(), cu_seqlens.contiguous(), cu_seqlens_k.contiguous(), options
-    )
+    cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
+    tiles = preferences.tiles_for(q.device, q.shape[2])
+    return _backward_kernel(dout, dlse, q, k, v, out, lse.contiguous(), cu_seqlens, cu_seqlens_k, options, tiles)
 
 
 register_backend("attention", "cpu", refuse=_compiled.refuses_cpu, forward=_cpu_forward, backward=_cpu_backward)
@@ -326,6 +328,20 @@ register_backend(
     refuse=serves_any,
     forward=attention_reference,
     backward=attention_backward_reference,
+)
+register_backend(
+    "attention",
+    "varlen",
+    refuse=_flash.refuses_varlen,
+    forward=_flash.varlen_forward,
+    backward=_flash.varlen_backward,
+)
+register_backend(
+    "attention",
+    "flash_attn",
+    refuse=_flash.refuses_flash_attn,
+    forward=_flash.flash_attn_forward,
+    backward=_flash.flash_attn_backward,
 )
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------
@@ -507,7 +523,18 @@ def attention(
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name}: got dtype {tensor.dtype}; takes {q.dtype}, the dtype of q")
-    backend = choose("attention", q.device, q.dtype, head_dim=head_dim)
+    backend = choose(
+        "attention",
+        q.device,
+        q.dtype,
+        q.numel(),
+        wants_grad(q, k, v),
+        head_dim=head_dim,
+        causal=causal,
+        window=window or 0,
+        softcap=softcap or 0.0,
+        return_lse=return_lse,
+    )
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, lse = torch.ops.lemur_fast.attention(
         q, k, v, cu_seqlens, cu_seqlens_k, causal, window or 0, softcap or 0.0, scale, backend

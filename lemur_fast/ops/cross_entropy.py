@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemur_fast import _compiled, _triton
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import check_dims, check_float, compute_dtype, unit_stride
 from lemur_fast.ops._loss import (
     LossOptions,
@@ -187,7 +187,7 @@ def cross_entropy(
         raise ValueError(f"logits: got shape {list(logits.shape)}; takes [T, V] with V > 0")
     check_labels(labels, weights, logits.shape[0], logits.device)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
-    backend = choose("cross_entropy", logits.device, logits.dtype)
+    backend = choose("cross_entropy", logits.device, logits.dtype, logits.numel(), wants_grad(logits))
     loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
     if weights is not None:
         # where: 0 * weight would be NaN for an infinite weight of a token that does not train

@@ -582,14 +582,13 @@ def linear_cross_entropy(
     (hidden,) = to_autocast_dtype(hidden)
     if weight.dtype not in (hidden.dtype, torch.float32):
         raise ValueError(f"weight: got dtype {weight.dtype}; takes {hidden.dtype}, the dtype of hidden, or float32")
-    backend = choose("linear_cross_entropy", hidden.device, hidden.dtype)
-
     wants_grad = torch.is_grad_enabled()
     wanted = Wanted(
         wants_grad and hidden.requires_grad,
         wants_grad and weight.requires_grad,
         wants_grad and bias is not None and bias.requires_grad,
     )
+    backend = choose("linear_cross_entropy", hidden.device, hidden.dtype, hidden.numel(), any(wanted))
     weights_want_grad = wants_grad and weights is not None and weights.requires_grad
     if reduction == "none" or weights_want_grad:
         loss, *stats = torch.ops.lemur_fast.linear_cross_entropy(

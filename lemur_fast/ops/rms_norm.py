@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lemur_fast import _compiled, _triton
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import (
     check_device,
     check_float,
@@ -278,7 +278,7 @@ def rms_norm(
     check_number("eps", eps)
     rows = (-1, x.shape[-1]) if x.numel() else (0, x.shape[-1])
     if residual is None:
-        backend = choose("rms_norm", x.device, x.dtype, weight_dtype=weight.dtype)
+        backend = choose("rms_norm", x.device, x.dtype, x.numel(), wants_grad(x, weight), weight_dtype=weight.dtype)
         y, _ = torch.ops.lemur_fast.rms_norm(x.reshape(rows), weight, eps, backend)
         return y.reshape(x.shape)
     check_float("residual", residual)
@@ -286,7 +286,7 @@ def rms_norm(
     check_device("residual", residual, x.device)
     # Under autocast the stream is float32 and x comes from a bfloat16 product: their sum is float32, as in torch.
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    backend = choose("rms_norm", x.device, dtype, weight_dtype=weight.dtype)
+    backend = choose("rms_norm", x.device, dtype, x.numel(), wants_grad(x, weight, residual), weight_dtype=weight.dtype)
     y, h, _ = torch.ops.lemur_fast.add_rms_norm(
         x.to(dtype).reshape(rows), residual.to(dtype).reshape(rows), weight, eps, backend
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lemur_fast import _compiled, _triton
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import (
     check_constant,
     check_device,
@@ -240,5 +240,5 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         raise ValueError(f"sin: got dtype {sin.dtype}; takes {cos.dtype}, the dtype of cos")
     check_constant("cos", cos)
     check_constant("sin", sin)
-    backend = choose("rotary", q.device, q.dtype, table_dtype=cos.dtype)
+    backend = choose("rotary", q.device, q.dtype, q.numel(), wants_grad(q, k), table_dtype=cos.dtype)
     return torch.ops.lemur_fast.rotary(q, k, cos, sin, interleaved, backend)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lemur_fast import _compiled, _triton
-from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import (
     check_device,
     check_float,
@@ -173,4 +173,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = to_autocast_dtype(gate, up)
     if up.dtype != gate.dtype:
         raise ValueError(f"up: got dtype {up.dtype}; takes {gate.dtype}, the dtype of gate")
-    return torch.ops.lemur_fast.swiglu(gate, up, choose("swiglu", gate.device, gate.dtype))
+    backend = choose("swiglu", gate.device, gate.dtype, gate.numel(), wants_grad(gate, up))
+    return torch.ops.lemur_fast.swiglu(gate, up, backend)

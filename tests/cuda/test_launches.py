@@ -227,7 +227,7 @@ def test_dtypes_that_no_kernel_was_built_for():
     assert not launches
 
 
-# ---- where it runs, and what goes wrong --------------------------------------------------------------------------------
+# ---- where it runs, and what goes wrong ------------------------------------------------------------------------------
 
 
 def rms_norm_arguments(x: Tensor, w: Tensor) -> dict[str, object]:

@@ -1,12 +1,13 @@
 """Tests of the GPU kernels themselves, on machines that need no GPU.
 
-``python -m pytest tests/kernels`` compiles Triton's for sm_80 and sm_90, and those of ``csrc/cuda``, which work on rows,
-for sm_80, and executes the machine code (`tests.ptxsim`); ``TRITON_INTERPRET=1 python -m pytest tests/kernels`` runs the
+``python -m pytest tests/kernels`` compiles Triton's for sm_80 and sm_90, and those of ``csrc/cuda``, which walk rows, for
+sm_80, and executes the machine code (`tests.ptxsim`). ``TRITON_INTERPRET=1 python -m pytest tests/kernels`` runs the
 source of Triton's in its interpreter.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -71,9 +72,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[RowKernels]:
     """Triton's kernels, by what runs them, and those of ``csrc/cuda``."""
     if request.param != "cuda":
         for architecture in _run_on(request.param):
-            yield RowKernels(
-                rms_norm, swiglu, cross_entropy, rotary, lambda count: common.pretending(architecture, count)
-            )
+            smaller = functools.partial(common.pretending, architecture)
+            yield RowKernels(rms_norm, swiglu, cross_entropy, rotary, smaller)
         return
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on the PATH")
