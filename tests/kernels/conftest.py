@@ -1,6 +1,6 @@
 """Tests of the GPU kernels themselves, on machines that need no GPU.
 
-``python -m pytest tests/kernels`` compiles Triton's for sm_80 and sm_90, and those of ``csrc/cuda``, which walk rows, for
+``python -m pytest tests/kernels`` compiles Triton's for sm_80 and sm_90, and those of ``csrc/cuda`` for
 sm_80, and executes the machine code (`tests.ptxsim`). ``TRITON_INTERPRET=1 python -m pytest tests/kernels`` runs the
 source of Triton's in its interpreter.
 """
