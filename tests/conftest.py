@@ -11,11 +11,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from lemur_fast._triton import INTERPRETING  # it imports what reads those
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-"""Whether Triton's kernels run in its interpreter: tests of ops then run through them, and watch their memory."""
-
-if INTERPRETING:
+if INTERPRETING:  # tests of ops then run through Triton's kernels, and watch their memory
     from tests.interpreter import mend
 
     mend()
