@@ -38,9 +38,10 @@ SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120"
 CDNA 3 ISA."""
 
 REGISTERS = dict.fromkeys(SHARED_LIMIT, 65536) | {"gfx942": 131072}
-"""Registers of a processor, and the most threads it holds, from the same tables."""
+"""Registers of a processor. Source: the same tables."""
 
 THREADS = {"sm_80": 2048, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536, "gfx942": 2048}
+"""The most threads that a processor holds. Source: the same tables."""
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

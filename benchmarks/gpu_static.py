@@ -80,6 +80,8 @@ class Row:
         times: how often the counted launch makes the whole shape.
         least: bytes that have to move for the whole shape; None where no bar stands.
         formula: how `least` is made, n being the elements of the op's input.
+        scattered: share of `least` that is a float32 for each token of a document. Documents begin anywhere, so these
+            cannot move 16 bytes at a time.
     """
 
     op: str
@@ -91,6 +93,7 @@ class Row:
     times: float = 1.0
     least: float | None = None
     formula: str = ""
+    scattered: float = 0.0
 
 
 Bytes = Callable[[str, torch.dtype], float]
@@ -107,6 +110,7 @@ class Case:
         times: how often that part makes the whole, for a target.
         least: bytes that the whole has to move, by kernel, for a target and a dtype; none where no bar stands.
         formula: of `least`, by kernel; n are the bytes of the op's input.
+        scattered: bytes of `least` that are a float32 for each token of a document, by kernel.
         counted: whether the kernels are executed where they can be.
     """
 
@@ -116,6 +120,7 @@ class Case:
     times: Callable[[str], float] = lambda target: 1.0
     least: dict[str, Bytes] = field(default_factory=dict)
     formula: dict[str, str] = field(default_factory=dict)
+    scattered: dict[str, Bytes] = field(default_factory=dict)
     counted: bool = True
 
 
@@ -283,9 +288,7 @@ def attention_case(head_dim: int, option: str = "") -> Case:
 
     documents = TOKENS // DOCUMENT * HEADS
 
-    def needed(
-        kind: str, fixed: int, walked: int, statistics: int, of_walked: int
-    ) -> Callable[[str, torch.dtype], float]:
+    def needed(kind: str, fixed: int, walked: int, statistics: int, of_walked: int) -> Bytes:
         """Of every tile its rows of `fixed` tensors, and of `walked` tensors the rows that it sees, or that see it."""
 
         def total(target: str, dtype: torch.dtype) -> float:
@@ -300,24 +303,29 @@ def attention_case(head_dim: int, option: str = "") -> Case:
 
         return total
 
+    least = {
+        "forward": needed("forward", 2, 2, 1, 0),
+        "dq": needed("dq", 3, 2, 2, 0),
+        "dkdv": needed("dkdv", 4, 2, 0, 2),
+        "delta": lambda target, dtype: TOKENS * HEADS * (2 * head_dim * dtype.itemsize + 4),
+    }
     return Case(
         "attention",
         f"{HEADS} heads of {head_dim}{option}",
         launch,
         lambda target: documents,
-        {}
-        if option
-        else {
-            "forward": needed("forward", 2, 2, 1, 0),
-            "dq": needed("dq", 3, 2, 2, 0),
-            "dkdv": needed("dkdv", 4, 2, 0, 2),
-            "delta": lambda target, dtype: TOKENS * HEADS * (2 * head_dim * dtype.itemsize + 4),
-        },
+        {} if option else least,
         {
             "forward": "of each tile q, out, lse; k, v that it sees",
             "dq": "of each tile q, dout, dq, lse, delta; k, v that it sees",
             "dkdv": "of each tile k, v, dk, dv; q, dout, lse, delta that see it",
             "delta": "out, dout, delta",
+        },
+        {
+            "forward": needed("forward", 0, 0, 1, 0),
+            "dq": needed("dq", 0, 0, 2, 0),
+            "dkdv": needed("dkdv", 0, 0, 0, 2),
+            "delta": lambda target, dtype: TOKENS * HEADS * 4,
         },
         counted=not option,
     )
@@ -346,7 +354,7 @@ def rows_of(case: Case, target: str, dtype: torch.dtype, count: bool = True) -> 
         sizes = {k: v for k, v in launch.arguments.items() if k in ("OWN", "BLOCK", "ROWS", "TOKENS")}
         meta = launch.compiled.metadata
         config = " ".join(f"{k.lower()} {v}" for k, v in sizes.items())
-        least = case.least.get(kernel)
+        least, scattered = case.least.get(kernel), case.scattered.get(kernel)
         rows.append(
             Row(
                 case.op,
@@ -358,6 +366,7 @@ def rows_of(case: Case, target: str, dtype: torch.dtype, count: bool = True) -> 
                 case.times(target),
                 least(target, dtype) if least else None,
                 case.formula.get(kernel, ""),
+                scattered(target, dtype) / least(target, dtype) if least and scattered else 0.0,
             )
         )
 
@@ -421,8 +430,9 @@ def broken_counts(target: str, row: Row, rows: list[Row]) -> list[str]:
     for name, requests in (("loads", counts.shared_loads), ("stores", counts.shared_stores)):
         if requests.conflicts > 0.1:
             wrong.append(f"{requests.conflicts:.2f} bank conflicts a request of shared {name}; at most 0.1")
-    if row.least is not None and wide_share(counts) < 0.95:
-        wrong.append(f"{wide_share(counts):.1%} of its global bytes move 16 at a time; at least 95%")
+    wide = 0.95 if of_rows else 0.99 * (1 - row.scattered)
+    if row.least is not None and wide_share(counts) < wide:
+        wrong.append(f"{wide_share(counts):.1%} of its global bytes move 16 at a time; at least {wide:.1%}")
     return wrong
 
 

@@ -56,8 +56,8 @@ class Arguments:
     stages: tuple[int, ...] = (1, 2, 3)
     """Candidates: stages of the pipeline."""
     all_options: bool = False
-    """Leave out what spills without a causal mask, too; for heads of 256 also with a window or a softcap (smaller heads
-    then take the tiles of larger ones)."""
+    """Leave out what spills without a causal mask, too; for heads up to 32, and of 256, also with a window or a softcap
+    (others then take the tiles of larger ones)."""
     best: int = 6
     """How many of each kernel are shown."""
 
@@ -75,7 +75,7 @@ class Candidate:
 @contextlib.contextmanager
 def using(target: str, head_dim: int, dtype: torch.dtype, tile: Tile) -> Iterator[None]:
     """Makes a tile that of all three products."""
-    width = max(64, 1 << (head_dim - 1).bit_length())
+    width = max(16, 1 << (head_dim - 1).bit_length())
     table = attention.IN_FLOAT32 if dtype == torch.float32 else attention.TILES.setdefault(target, {})
     before = table.get(width)
     table[width] = Tiles(tile, tile, tile)
@@ -124,7 +124,7 @@ def _try(job: tuple[str, str, int, str, int, Tile, bool]) -> Candidate | None:
     with using(target, head_dim, dtype, tile):
         found = None
         for name in OPTIONS if all_options else ("causal",):
-            if name in ("softcap", "window") and head_dim <= 128:
+            if name in ("softcap", "window") and 32 < head_dim <= 128:
                 continue
             launch = launch_of(kernel, target, head_dim, dtype, tokens, False, name)
             r = resources(launch.compiled)

@@ -77,6 +77,10 @@ TILES: dict[str, dict[int, Tiles]] = {
 }
 # As little shared memory as sm_120.
 TILES["sm_89"] = TILES["sm_120"] | {256: TILES["sm_120"][256]._replace(forward=Tile(32, 32, 4, 2))}
+# Narrow heads: few enough threads that each has 16 bytes of a block to load. A wavefront of AMD has 64.
+for _tiles_of in TILES.values():
+    _tiles_of[16] = _tiles_of[32] = Tiles(*[Tile(64, 64, 4, 2)] * 3)
+TILES["gfx942"][16] = Tiles(*[Tile(64, 64, 2, 2)] * 3)
 
 TILES_WITH_OPTIONS = {
     ("sm_80", 64): Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(128, 32, 8, 3)),
@@ -85,9 +89,11 @@ TILES_WITH_OPTIONS = {
 """With a window or a softcap, where the tiles of the next larger head dimension, which else serve, would spill."""
 
 IN_FLOAT32 = {
+    16: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(16, 16, 1, 1)),
+    32: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(16, 16, 1, 1)),
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
-    128: Tiles(Tile(16, 16, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-    256: Tiles(*[Tile(16, 16, 8, 1)] * 3),
+    128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+    256: Tiles(Tile(16, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 """For float32 inputs, on every architecture."""
 
@@ -113,13 +119,13 @@ MeasuredTiles = tuple[tuple[int, int, int, int], ...]
 def tiles_for(q: Tensor, options: Options, measured: MeasuredTiles | None = None) -> Tiles:
     """The tiles for queries ``[T, Hq, D]``; `measured` ones in place of the table's, where they may serve.
 
-    They are measured in 16 bits, without a window and a softcap: those need registers of their own.
+    They are measured in 16 bits, in heads of 64 and wider, without a window and a softcap: those need registers.
     """
-    width = max(64, next_power_of_2(q.shape[2]))
-    wider = min(256, 2 * width) if options.window or options.softcap else width
+    width = max(16, next_power_of_2(q.shape[2]))
+    wider = min(256, 2 * width) if width > 32 and (options.window or options.softcap) else width
     if q.element_size() > 2:
         return IN_FLOAT32[wider]
-    if measured is not None and wider == width and not options.window and not options.softcap:
+    if measured is not None and width >= 64 and not options.window and not options.softcap:
         return Tiles(*(Tile(*tile) for tile in measured))
     name = architecture(q)
     if name not in TILES:

@@ -16,11 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.TemporaryDirectory(prefix="lemur_fast-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
+from lemur_fast._triton import INTERPRETING  # it imports what reads those
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-"""Whether Triton's kernels run in its interpreter: tests of ops then run through them, and watch their memory."""
-
-if INTERPRETING:
+if INTERPRETING:  # tests of ops then run through Triton's kernels, and watch their memory
     from tests.interpreter import mend
 
     mend()

@@ -16,6 +16,7 @@ Source of the idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Languag
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -264,9 +265,10 @@ def _triton_run(
     most = chunk_tokens or max(1024, _GPU_CHUNK_LOGITS // vocab)
     count = max(1, -(-tokens // most))
     memory = hidden.new_empty(-(-tokens // count), vocab)
-    for number, part in enumerate(torch.arange(tokens).tensor_split(count)):
-        chunk = slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(0, 0)
-        logits, hidden_rows = memory[: len(part)], hidden[chunk]
+    bounds = [number * tokens // count for number in range(count + 1)]
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        chunk = slice(start, end)
+        logits, hidden_rows = memory[: end - start], hidden[chunk]
         if bias is None:
             torch.mm(hidden_rows, weight.T, out=logits)
         else:

@@ -95,6 +95,13 @@ def test_what_moves_badly_is_named(changes, message):
     assert message in line
 
 
+def test_what_no_access_could_move_16_at_a_time_is_left_out():
+    moved = counts(loads=Requests(10, 3200, 3200, 2600, 100, 100))  # 90.6% of all bytes
+    for scattered, broken in ((0.1, 0), (0.08, 1)):
+        bad = row(counts=moved, least=6400.0, scattered=scattered)
+        assert len(gpu_static.broken_bars("sm_80", torch.bfloat16, bad, [bad])) == broken
+
+
 def test_a_bound_by_hand():
     """One SM's worth of each unit, from the rates of the vendor's tables."""
     device = DEVICES["sm_80"]

@@ -59,14 +59,14 @@ class Trial:
 # Sizes are no multiples of blocks, strides differ from each other, and every loop turns more than once.
 
 
-def norm_trials(architecture: str, launches: list[Launch], second: bool) -> list[Trial]:
-    rows, cols = (41, 492) if second else (17, 300)
+def norm_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
+    rows, cols = [(17, 300), (41, 492)][sizes]
     x, residual, dy, dh = (rows_of(rows, cols, torch.bfloat16, 1, apart)[0] for apart in (8, 18, 28, 38))
     weight = torch.randn(cols).bfloat16()
     _, h, rstd = (result.clone() for result in rms_norm.forward(x, residual, weight, 1e-5))
     with common.pretending(architecture, 2):
         rms_norm.backward(dy, dh, h, weight, rstd, True)
-    many = torch.randn(61 if second else 33, cols)
+    many = torch.randn([33, 61][sizes], cols)
     rms_norm.sum_rows(many)
     exact = (h.double().square().mean(-1) + 1e-5).rsqrt()
     stock_dx, exact_dx = (
@@ -96,10 +96,10 @@ def norm_trials(architecture: str, launches: list[Launch], second: bool) -> list
     ]
 
 
-def cross_entropy_trials(architecture: str, launches: list[Launch], second: bool) -> list[Trial]:
+def cross_entropy_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
     """A row whose exponentials overflow unless its maximum is taken off, labels from nowhere, and ordinary rows."""
     options = {"ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 60.0}
-    cols = 8001 if second else 4107
+    cols = [4107, 8001][sizes]
     spread = torch.tensor([70.0, 4.0, 4.0, 15.0, 4.0, 4.0])[:, None]
     logits, dlogits = (spread * torch.randn(6, cols + 9))[:, :cols], torch.empty(6, cols + 11)[:, :cols]
     # Many of the largest where the softcap's polynomial has its last terms.
@@ -137,8 +137,8 @@ def cross_entropy_trials(architecture: str, launches: list[Launch], second: bool
     ]
 
 
-def swiglu_trials(architecture: str, launches: list[Launch], second: bool) -> list[Trial]:
-    cols = 4091 if second else 2051
+def swiglu_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
+    cols = [2051, 4091][sizes]
     dy, gate, up = (rows_of(3, cols, torch.bfloat16, 1, apart)[0] for apart in (1, 2, 3))
 
     def formula(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -155,8 +155,8 @@ def swiglu_trials(architecture: str, launches: list[Launch], second: bool) -> li
     return [Trial("swiglu backward", ("dgate", "dup"), check, launches[0])]
 
 
-def rotary_trials(architecture: str, launches: list[Launch], second: bool) -> list[Trial]:
-    tokens = 8 if second else 5
+def rotary_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
+    tokens = [5, 8][sizes]
     q, k = torch.randn(tokens, 7, 96).bfloat16()[..., :80], torch.randn(tokens, 3, 112).bfloat16()[..., :80]
     cos, sin = torch.randn(tokens, 96).bfloat16()[:, :80], torch.randn(tokens, 112).bfloat16()[:, :80]
     rotary.rotate(q, k, cos, sin, False, torch.bfloat16, True)
@@ -193,17 +193,17 @@ def attended(
     return {name: x.to(q.dtype) for name, x in exact.items()} | {"lse": lse, "delta": delta}
 
 
-def attention_trials(
-    architecture: str, launches: list[Launch], second: bool, forward_alone: bool = False
-) -> list[Trial]:
+def attention_trials(architecture: str, launches: list[Launch], sizes: int, forward_alone: bool = False) -> list[Trial]:
     """Head dimension 64, causal: an empty document, shorter and longer ones than a tile, and a tail of NaN.
 
-    The scores of one head overflow unless their maximum is taken off.
+    Or no tail, and a last document that ends within a tile, or one shorter than any block. The scores of one head
+    overflow unless their maximum is taken off.
     """
-    cu_q, cu_k = bounds(5, 0, 170, 10), bounds(5, 7, 290, 80)
-    if second:
-        cu_q, cu_k = bounds(70, 130), bounds(64, 130)
-    tail = 0 if second else 3
+    cu_q, cu_k, tail = [
+        (bounds(5, 0, 170, 10), bounds(5, 7, 290, 200), 3),
+        (bounds(70, 130), bounds(64, 130), 0),
+        (bounds(9), bounds(5), 0),
+    ][sizes]
     options = attention.Options(causal=True, window=0, softcap=0.0, scale=0.25)
     queries, keys = int(cu_q[-1]) + tail, int(cu_k[-1]) + tail
     q = torch.randn(queries, 2, 80).bfloat16()[..., :64]
@@ -249,16 +249,17 @@ OPS = {
 
 
 def trials_of(op: str, architecture: str) -> list[list[Trial]]:
-    """Runs an op with sizes of two kinds, and returns its launches: both of each kernel, which are one program."""
+    """Runs an op with two or three kinds of sizes, and returns its launches: those of each kernel are one program."""
     found = []
-    for second in (False, True):
+    for sizes in range(3 if op.startswith("attention") else 2):
         torch.manual_seed(0)
         with recording(architecture, execute) as launches:
-            found.append(OPS[op](architecture, launches, second))
-    both = [list(pair) for pair in zip(*found, strict=True)]
-    for first, other in both:
-        assert first.launch.compiled.asm["ptx"] == other.launch.compiled.asm["ptx"], first.kernel
-    return both
+            found.append(OPS[op](architecture, launches, sizes))
+    by_kernel = [list(trials) for trials in zip(*found, strict=True)]
+    for first, *others in by_kernel:
+        for other in others:
+            assert first.launch.compiled.asm["ptx"] == other.launch.compiled.asm["ptx"], first.kernel
+    return by_kernel
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
@@ -329,17 +330,18 @@ TRITON = "3.8.0"
 """What compiled the programs of `SURVIVORS`."""
 
 BARRIER = "two rounds of cp.async begin, one before and one after it: nothing in between reads or rewrites their memory"
-BARRIERS_80 = f"{BARRIER} (2); after a loop whose last turn ended with one, and nothing was read since (2)"
-BARRIERS_DKDV = "after a loop whose last turn ended with one (2); right after another (1)"
+AFTER_LOOP = "after a loop whose last turn ended with one: nothing was read since, and a thread refills its own places"
+BARRIERS_80 = f"{BARRIER} (2); {AFTER_LOOP} (2)"
+SECOND_BARRIER = "right after another"
+BARRIERS_DKDV = f"{BARRIER} (2); {AFTER_LOOP} (2); {SECOND_BARRIER} (1)"
 LAST_WAIT = "after the last turn: the round that is left in flight copies into memory that nothing uses any more"
 COMMIT = "in the first round: its copies join the next group of the same round, and are waited for no later"
 WGMMA_FENCE = "no instruction touches the product's registers between the fence before it and this one"
 PROXY_FENCE = "another stands between the store and wgmma; without all of them there is a fault"
 COLUMNS = "columns that every row has: BLOCK is the next power of two, so these are below cols whatever it is"
 SAME_STORE = "one thread is to store, and all of them have the same value"
-FETCHED = "the first block is fetched although no turn of the loop follows: it lies in the tensor, and nothing reads it"
+SAME_COPY = "the threads that are left out would copy the same words to the same places as those that copy"
 CAUSAL = "key < keys: the causal mask, or the store, leaves out these keys all the same"
-MASKS = f"{FETCHED} (1); {CAUSAL} (1)"
 KEY_HEAD = "there is one key head: its stride is multiplied by 0"
 EQUAL = "dlogits is contiguous: its stride is cols, the neighbour"
 LOG = "log2 of infinity or NaN: no row has such a sum"
@@ -354,17 +356,18 @@ SURVIVORS: dict[tuple[str, str, str], tuple[int, str]] = {
     ("sm_80", "attention forward", "copies: wait loosened by one"): (1, LAST_WAIT),
     ("sm_80", "attention forward", "copies: wait deleted"): (1, LAST_WAIT),
     ("sm_80", "attention forward", "copies: commit deleted"): (2, COMMIT),
-    ("sm_80", "attention forward", "guard removed"): (1, FETCHED),
-    ("sm_80", "attention forward", "mask widened"): (2, MASKS),
+    ("sm_80", "attention forward", "mask widened"): (1, CAUSAL),
     ("sm_80", "attention forward", "neighbouring parameter"): (2, KEY_HEAD),
     ("sm_80", "attention forward", "addend dropped"): (2, LOG),
-    ("sm_80", "attention dq", "barrier deleted"): (4, BARRIERS_80),
+    ("sm_80", "attention dq", "barrier deleted"): (2, AFTER_LOOP),
     ("sm_80", "attention dq", "copies: wait loosened by one"): (1, LAST_WAIT),
     ("sm_80", "attention dq", "copies: wait deleted"): (1, LAST_WAIT),
-    ("sm_80", "attention dq", "copies: commit deleted"): (2, COMMIT),
-    ("sm_80", "attention dq", "mask widened"): (2, MASKS),
-    ("sm_80", "attention dkdv", "barrier deleted"): (3, BARRIERS_DKDV),
+    ("sm_80", "attention dq", "mask widened"): (1, CAUSAL),
+    ("sm_80", "attention dq", "factor of an address"): (1, KEY_HEAD),
+    ("sm_80", "attention dkdv", "barrier deleted"): (5, BARRIERS_DKDV),
+    ("sm_80", "attention dkdv", "copies: commit deleted"): (6, COMMIT),
     ("sm_80", "attention dkdv", "mask widened"): (1, CAUSAL),
+    ("sm_80", "attention dkdv", "factor of an address"): (1, KEY_HEAD),
     ("sm_90", "rms_norm forward", "guard removed"): (2, COLUMNS),
     ("sm_90", "cross_entropy forward", "guard removed"): (1, SAME_STORE),
     ("sm_90", "cross_entropy forward", "maximum"): (3, MAXIMUM),
@@ -373,24 +376,20 @@ SURVIVORS: dict[tuple[str, str, str], tuple[int, str]] = {
     ("sm_90", "attention forward", "copies: wait loosened by one"): (1, LAST_WAIT),
     ("sm_90", "attention forward", "copies: commit deleted"): (2, COMMIT),
     ("sm_90", "attention forward", "proxy fence deleted"): (4, PROXY_FENCE),
-    ("sm_90", "attention forward", "guard removed"): (1, FETCHED),
-    ("sm_90", "attention forward", "mask widened"): (2, MASKS),
-    ("sm_90", "attention forward", "factor of an address"): (1, KEY_HEAD),
+    ("sm_90", "attention forward", "mask widened"): (1, CAUSAL),
     ("sm_90", "attention forward", "neighbouring parameter"): (2, KEY_HEAD),
     ("sm_90", "attention forward", "addend dropped"): (2, LOG),
-    ("sm_90", "attention dq", "barrier deleted"): (2, BARRIER),
+    ("sm_90", "attention dq", "barrier deleted"): (1, AFTER_LOOP),
     ("sm_90", "attention dq", "copies: wait loosened by one"): (1, LAST_WAIT),
-    ("sm_90", "attention dq", "copies: commit deleted"): (2, COMMIT),
+    ("sm_90", "attention dq", "copies: wait deleted"): (1, LAST_WAIT),
     ("sm_90", "attention dq", "wgmma: fence deleted"): (2, WGMMA_FENCE),
     ("sm_90", "attention dq", "proxy fence deleted"): (4, PROXY_FENCE),
-    ("sm_90", "attention dq", "mask widened"): (2, MASKS),
-    ("sm_90", "attention dq", "factor of an address"): (1, KEY_HEAD),
-    ("sm_90", "attention dkdv", "barrier deleted"): (2, BARRIER),
-    ("sm_90", "attention dkdv", "copies: commit deleted"): (6, COMMIT),
+    ("sm_90", "attention dq", "mask widened"): (1, CAUSAL),
+    ("sm_90", "attention dkdv", "barrier deleted"): (1, SECOND_BARRIER),
     ("sm_90", "attention dkdv", "wgmma: fence deleted"): (2, WGMMA_FENCE),
     ("sm_90", "attention dkdv", "proxy fence deleted"): (3, PROXY_FENCE),
+    ("sm_90", "attention dkdv", "guard removed"): (2, SAME_COPY),
     ("sm_90", "attention dkdv", "mask widened"): (1, CAUSAL),
-    ("sm_90", "attention dkdv", "factor of an address"): (1, KEY_HEAD),
 }
 """Mutants that nothing catches, by architecture, kernel and kind: how many, and why; each was read in the PTX."""
 
