@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.TemporaryDirectory(prefix="lemur_fast-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
 
-from lemur_fast._triton import INTERPRETING  # it imports what reads those
+from lemur_fast._triton import INTERPRETING  # noqa: E402 - importing it reads those
 
 if INTERPRETING:  # tests of ops then run through Triton's kernels, and watch their memory
     from tests.interpreter import mend
