@@ -83,7 +83,7 @@ __device__ __forceinline__ void write_gradient(const T* logits, T* dlogits, int 
     for (int k = 0; k < kAhead; ++k) {
       const int col = start + k * step;
       if (col >= cols) break;
-      Pack<T, kSize> out;
+      float out[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float x = capped<kSoftcap>(to_float(read[k].values[i]), options.softcap, options.inverse_softcap);
@@ -93,9 +93,9 @@ __device__ __forceinline__ void write_gradient(const T* logits, T* dlogits, int 
           const float t = x * options.inverse_softcap;
           d *= 1.f - t * t;
         }
-        out.values[i] = from_float<T>(d * incoming);
+        out[i] = d * incoming;
       }
-      store_pack(dlogits + col, out);
+      store_pack(dlogits + col, pack_of<T>(out));
     }
   }
 }

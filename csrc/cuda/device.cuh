@@ -20,15 +20,53 @@ struct alignas(sizeof(T) * kSize) Pack {
 template <typename Widest>
 constexpr int kWhole = 16 / sizeof(Widest);
 
+// As many bytes at once as a pack has.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
 template <int kSize, typename T>
 __device__ __forceinline__ Pack<T, kSize> load_pack(const T* p) {
-  static_assert(sizeof(Pack<T, kSize>) <= 16);
-  return *reinterpret_cast<const Pack<T, kSize>*>(p);
+  const auto word = *reinterpret_cast<const typename Word<sizeof(Pack<T, kSize>)>::type*>(p);
+  Pack<T, kSize> pack;
+  memcpy(&pack, &word, sizeof(pack));
+  return pack;
+}
+
+// To global memory. In assembly, because the compiler takes some stores of 16 bytes apart again. It does not know what
+// they write: nothing that a kernel stores by them may be read by the same launch.
+__device__ __forceinline__ void store_word(void* p, const uint4& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w));
+}
+__device__ __forceinline__ void store_word(void* p, const uint2& v) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y));
+}
+template <typename T>
+__device__ __forceinline__ void store_word(void* p, const T& v) {
+  *static_cast<T*>(p) = v;
 }
 
 template <typename T, int kSize>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kSize>& pack) {
-  *reinterpret_cast<Pack<T, kSize>*>(p) = pack;
+  typename Word<sizeof(pack)>::type word;
+  memcpy(&word, &pack, sizeof(pack));
+  store_word(p, word);
 }
 
 template <typename T, int kSize>
@@ -56,6 +94,28 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 template <>
 __device__ __forceinline__ __half from_float<__half>(float v) {
   return __float2half_rn(v);
+}
+
+__device__ __forceinline__ __nv_bfloat162 pair_from(float a, float b, __nv_bfloat16) {
+  return __floats2bfloat162_rn(a, b);
+}
+__device__ __forceinline__ __half2 pair_from(float a, float b, __half) { return __floats2half2_rn(a, b); }
+
+// Rounds to T: two at a time, in one instruction.
+template <typename T, int kSize>
+__device__ __forceinline__ Pack<T, kSize> pack_of(const float (&v)[kSize]) {
+  Pack<T, kSize> pack;
+  if constexpr (sizeof(T) == 2 && kSize > 1) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += 2) {
+      const auto pair = pair_from(v[i], v[i + 1], T());
+      memcpy(&pack.values[i], &pair, sizeof(pair));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) pack.values[i] = from_float<T>(v[i]);
+  }
+  return pack;
 }
 
 template <typename T>

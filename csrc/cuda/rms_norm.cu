@@ -19,9 +19,10 @@ template <int kSize, typename X>
 __device__ __forceinline__ Pack<X, kSize> add_pack(Pack<X, kSize> x, const X* residual) {
   if (residual == nullptr) return x;
   const auto r = load_pack<kSize>(residual);
+  float sum[kSize];
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) x.values[i] = from_float<X>(to_float(x.values[i]) + to_float(r.values[i]));
-  return x;
+  for (int i = 0; i < kSize; ++i) sum[i] = to_float(x.values[i]) + to_float(r.values[i]);
+  return pack_of<X>(sum);
 }
 
 template <int kSize, typename X>
@@ -38,12 +39,13 @@ __device__ __forceinline__ float squares_of(const Pack<X, kSize>& pack, float su
 template <typename Y, int kSize, typename X, typename W>
 __device__ __forceinline__ void write_scaled(const Pack<X, kSize>& h, float rstd, const W* weight, Y* y) {
   const auto w = load_pack<kSize>(weight);
-  Pack<Y, kSize> out;
+  float out[kSize];
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    out.values[i] = from_float<Y>(rounded<X>(to_float(h.values[i]) * rstd) * to_float(w.values[i]));
-  }
-  store_pack(y, out);
+  for (int i = 0; i < kSize; ++i) out[i] = to_float(h.values[i]) * rstd;
+  const auto x_hat = pack_of<X>(out);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) out[i] = to_float(x_hat.values[i]) * to_float(w.values[i]);
+  store_pack(y, pack_of<Y>(out));
 }
 
 // blockDim.y rows a block. kHeld: the packs of a row are at most kForwardPacks a thread.
@@ -205,16 +207,16 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       if (col >= cols) break;
       const auto from_above = dh == nullptr ? zeros<X, kSize>() : load_pack<kSize>(dh + row * dh_stride + col);
       const auto w = kAhead ? held[k] : weight_of(k);
-      Pack<X, kSize> out;
+      float out[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float d = to_float(now.dy[k].values[i]);
         const float x_hat = to_float(now.h[k].values[i]) * now.rstd;
         const float g = d * to_float(w.values[i]);
-        out.values[i] = from_float<X>(fmaf(now.rstd, fmaf(x_hat, -mean, g), to_float(from_above.values[i])));
+        out[i] = fmaf(now.rstd, fmaf(x_hat, -mean, g), to_float(from_above.values[i]));
         dw[k][i] = fmaf(d, rounded<X>(x_hat), dw[k][i]);
       }
-      store_pack(dx + row * cols + col, out);
+      store_pack(dx + row * cols + col, pack_of<X>(out));
     }
   }
   if (partial == nullptr) return;
@@ -279,39 +281,47 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       const auto v = load_pack<kSize>(row_h + col);
       const auto w = load_pack<kSize>(weight + col);
       const auto from_above = dh == nullptr ? zeros<X, kSize>() : load_pack<kSize>(dh + row * dh_stride + col);
-      Pack<X, kSize> out;
+      float out[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float x_hat = to_float(v.values[i]) * scale;
         const float g = to_float(d.values[i]) * to_float(w.values[i]);
-        out.values[i] = from_float<X>(fmaf(scale, fmaf(x_hat, -mean, g), to_float(from_above.values[i])));
+        out[i] = fmaf(scale, fmaf(x_hat, -mean, g), to_float(from_above.values[i]));
         if (partial != nullptr) {
           float* total = partial + static_cast<int64_t>(blockIdx.x) * cols + col + i;
           *total = fmaf(to_float(d.values[i]), rounded<X>(x_hat), row == first_row ? 0.f : *total);
         }
       }
-      store_pack(dx + row * cols + col, out);
+      store_pack(dx + row * cols + col, pack_of<X>(out));
     }
   }
 }
 
-constexpr int kSumColumns = 32, kSumGroups = 8;
+constexpr int kSumColumns = 32, kSumThreads = 256;  // of a block
 
-// total[cols] = the sum over the rows of x [rows, cols]: each of kSumGroups warps takes every kSumGroups-th row.
-__global__ void __launch_bounds__(kSumColumns* kSumGroups)
+// total[cols] = the sum over the rows of x [rows, cols]. The threads along y take a row each, then the next such lot of
+// rows; in the end a warp adds up what they have.
+template <int kSize>
+__global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const float* __restrict__ x, float* __restrict__ total, int64_t rows, int cols) {
-  __shared__ float sums[kSumGroups][kSumColumns];
-  const int col = blockIdx.x * kSumColumns + threadIdx.x;
-  float sum = 0.f;
+  __shared__ alignas(16) float sums[kSumThreads / (kSumColumns / kSize)][kSumColumns];
+  const int first = threadIdx.x * kSize, col = blockIdx.x * kSumColumns + first;
+  auto sum = zeros<float, kSize>();
   if (col < cols) {
-#pragma unroll 8
-    for (int64_t row = threadIdx.y; row < rows; row += kSumGroups) sum += x[row * cols + col];
+#pragma unroll 4
+    for (int64_t row = threadIdx.y; row < rows; row += blockDim.y) {
+      const auto pack = load_pack<kSize>(x + row * cols + col);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum.values[i] += pack.values[i];
+    }
   }
-  sums[threadIdx.y][threadIdx.x] = sum;
+  *reinterpret_cast<Pack<float, kSize>*>(&sums[threadIdx.y][first]) = sum;
   __syncthreads();
-  if (threadIdx.y > 0 || col >= cols) return;
-  for (int group = 1; group < kSumGroups; ++group) sum += sums[group][threadIdx.x];
-  total[col] = sum;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, own = blockIdx.x * kSumColumns + thread;
+  if (thread >= kSumColumns || own >= cols) return;
+  float all = 0.f;
+  for (int group = 0; group < blockDim.y; ++group) all += sums[group][thread];
+  total[own] = all;
 }
 
 // ---- host ----
@@ -404,8 +414,14 @@ void rms_norm_bwd(const RmsNormBwd& a, float* partial, int64_t parts, const Plac
     });
   }
   if (a.dw) {
-    launch(sum_rows_kernel, ceil_div(a.cols, kSumColumns), dim3(kSumColumns, kSumGroups), 0, place, describe,
-           static_cast<const float*>(partial), a.dw, blocks, cols);
+    const auto add_up = [&](auto kernel, int pack) {
+      const int along = kSumColumns / pack;
+      launch(kernel, ceil_div(a.cols, kSumColumns), dim3(along, kSumThreads / along), 0, place, describe,
+             static_cast<const float*>(partial), a.dw, blocks, cols);
+    };
+    const Alignment whole{16};
+    const bool aligned = a.cols % 4 == 0 && whole.holds(partial);
+    aligned ? add_up(sum_rows_kernel<4>, 4) : add_up(sum_rows_kernel<1>, 1);
   }
 }
 

@@ -47,22 +47,16 @@ struct Pairs {
   template <typename T>
   __device__ __forceinline__ void store(T* row, int pair, int half) const {
     if constexpr (kInterleaved && kPairs > 1) {
-      Pack<T, 2 * kPairs> pack;
+      float both[2 * kPairs];
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        pack.values[2 * i] = from_float<T>(a[i]);
-        pack.values[2 * i + 1] = from_float<T>(b[i]);
+        both[2 * i] = a[i];
+        both[2 * i + 1] = b[i];
       }
-      store_pack(row + 2 * pair, pack);
+      store_pack(row + 2 * pair, pack_of<T>(both));
     } else {
-      Pack<T, kPairs> first, second;
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        first.values[i] = from_float<T>(a[i]);
-        second.values[i] = from_float<T>(b[i]);
-      }
-      store_pack(kInterleaved ? row + 2 * pair : row + pair, first);
-      store_pack(kInterleaved ? row + 2 * pair + 1 : row + half + pair, second);
+      store_pack(kInterleaved ? row + 2 * pair : row + pair, pack_of<T>(a));
+      store_pack(kInterleaved ? row + 2 * pair + 1 : row + half + pair, pack_of<T>(b));
     }
   }
 };

@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kPacks; ++k) {
     const int64_t col = at.col(k);
     if (col >= cols) break;
-    Pack<T, kSize> out;
+    float out[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float v = to_float(g[k].values[i]);
-      out.values[i] = from_float<T>(v * sigmoid(v) * to_float(u[k].values[i]));
+      out[i] = v * sigmoid(v) * to_float(u[k].values[i]);
     }
-    store_pack(y + at.row * cols + col, out);
+    store_pack(y + at.row * cols + col, pack_of<T>(out));
   }
 }
 
@@ -67,16 +67,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kPacks; ++k) {
     const int64_t col = at.col(k);
     if (col >= cols) break;
-    Pack<T, kSize> out_gate, out_up;
+    float out_gate[kSize], out_up[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float v = to_float(g[k].values[i]), from_above = to_float(d[k].values[i]);
       const float s = sigmoid(v);
-      out_gate.values[i] = from_float<T>(from_above * to_float(u[k].values[i]) * s * (1.f + v * (1.f - s)));
-      out_up.values[i] = from_float<T>(from_above * v * s);
+      out_gate[i] = from_above * to_float(u[k].values[i]) * s * (1.f + v * (1.f - s));
+      out_up[i] = from_above * v * s;
     }
-    store_pack(dgate + at.row * cols + col, out_gate);
-    store_pack(dup + at.row * cols + col, out_up);
+    store_pack(dgate + at.row * cols + col, pack_of<T>(out_gate));
+    store_pack(dup + at.row * cols + col, pack_of<T>(out_up));
   }
 }
 

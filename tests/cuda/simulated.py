@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -32,26 +31,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import nvcc
 from lemur_fast import _compiled
 from lemur_fast.dispatch import implementation
 from lemur_fast.ops._loss import LossOptions, TokenLoss, compiled_token_loss
 from tests.ptxsim import Counts, Kernel
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-HOST = [ROOT / "csrc" / "cuda" / "bindings.cpp", Path(__file__).with_name("runtime.cpp")]
-OPTIONS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]
-"""As ``cmake/cuda.cmake`` has them, with PTX alone, and with the lines of the source in it."""
-
-
-def _key() -> str:
-    """What the build depends on."""
-    digest = hashlib.sha256(" ".join([*OPTIONS, sys.version]).encode())
-    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")]
-    for path in sorted({*SOURCES, *HOST, *headers}):
-        digest.update(path.read_bytes())
-    digest.update(subprocess.run(["nvcc", "--version"], check=True, capture_output=True).stdout)
-    return digest.hexdigest()[:16]
+HOST = [nvcc.ROOT / "csrc" / "cuda" / "bindings.cpp", Path(__file__).with_name("runtime.cpp")]
+OPTIONS = [*nvcc.OPTIONS, "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]
+"""PTX alone, with the lines of the source in it."""
 
 
 @functools.cache
@@ -59,14 +47,15 @@ def build() -> Path:
     """Compiles what is not yet there, and returns the folder: ``_simulated.so``, and a ``.ptx`` for every ``.cu``."""
     import pybind11
 
-    folder = ROOT / "build" / f"simulated-{_key()}"
+    key = nvcc.digest(sys.version, *OPTIONS, *(path.read_text() for path in HOST))
+    folder = nvcc.ROOT / "build" / f"simulated-{key}"
     module = folder / "_simulated.so"
     if module.exists():
         return folder
     for old in folder.parent.glob("simulated-*"):
         shutil.rmtree(old)
     folder.mkdir(parents=True)
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
     def compile_(source: Path) -> Path:
         to = folder / f"{source.stem}.o"
@@ -76,7 +65,7 @@ def build() -> Path:
         return to
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_, [*HOST, *SOURCES]))
+        objects = list(pool.map(compile_, [*HOST, *nvcc.SOURCES]))
     _run(["nvcc", "-shared", "-cudart=none", *map(str, objects), "-o", str(module) + ".new"])
     os.replace(str(module) + ".new", module)
     return folder
@@ -174,21 +163,12 @@ def _decoded(ptx: str, name: str) -> Kernel:
 
 
 @functools.cache
-def plain(name: str) -> str:
-    """``rms_norm_fwd_kernel<float, float, float, 4, true>`` for a mangled name."""
-    demangled = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    return demangled.split("(anonymous namespace)::")[1].rsplit(">(", 1)[0].split("(")[0] + (
-        ">" if ">(" in demangled else ""
-    )
-
-
-@functools.cache
 def parameters(kernel: str) -> tuple[str, ...]:
     """Names of the parameters of a kernel, as its source has them."""
-    for source in SOURCES:
+    for source in nvcc.SOURCES:
         if found := re.search(rf"\b{kernel}\(([^)]*)\)\s*{{", source.read_text()):
             return tuple(re.findall(r"(\w+)\s*(?:,|$)", found[1]))
-    raise ValueError(f"kernel: got {kernel!r}; it is in none of {', '.join(path.name for path in SOURCES)}")
+    raise ValueError(f"kernel: got {kernel!r}; it is in none of {', '.join(path.name for path in nvcc.SOURCES)}")
 
 
 @dataclass
@@ -218,7 +198,7 @@ class CudaLaunch:
     @property
     def name(self) -> str:
         """Name and template arguments of the kernel."""
-        return plain(self.entry)
+        return nvcc.plain(self.entry)
 
     @property
     def ptx(self) -> str:
@@ -297,7 +277,7 @@ def simulated(
             declared = _decoded(ptx_of(entry), entry).program.parameters
             arguments: dict[str, Any] = {}
             for i, (name_of, parameter) in enumerate(
-                zip(parameters(plain(entry).split("<")[0]), declared, strict=True)
+                zip(parameters(nvcc.plain(entry).split("<")[0]), declared, strict=True)
             ):
                 kind = _C_TYPES[parameter.type]
                 value = ctypes.cast(values[i], ctypes.POINTER(kind))[0]
