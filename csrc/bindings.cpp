@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/labels.h"
 #include "cpu/parallel.h"
 #include "dtype.h"
 #include "packing.h"
@@ -216,6 +217,31 @@ void rotary(const std::vector<RotaryItem>& items, std::uintptr_t cos, int64_t co
   table.rotary(xs.data(), static_cast<int>(xs.size()), tables);
 }
 
+void check_labels(const int64_t* labels, int64_t rows, int64_t vocab, int64_t ignore_index) {
+  const int64_t row = lemur::cpu::first_wrong_label(labels, rows, vocab, ignore_index);
+  if (row < 0) return;
+  refuse("labels: got " + std::to_string(labels[row]) + " at position " + std::to_string(row) + "; takes 0 to " +
+         std::to_string(vocab - 1) + ", or ignore_index " + std::to_string(ignore_index));
+}
+
+int64_t trained_rows(std::uintptr_t labels, int64_t rows, int64_t vocab, int64_t ignore_index, std::uintptr_t out) {
+  check_size("rows", rows, 0);
+  check_present("labels", labels, rows);
+  check_present("out", out, rows);
+  check_labels(pointer<const int64_t>(labels), rows, vocab, ignore_index);
+  return lemur::cpu::trained_rows(pointer<const int64_t>(labels), rows, ignore_index, pointer<int64_t>(out));
+}
+
+void sum_losses(std::uintptr_t loss, std::uintptr_t labels, int64_t rows, int64_t ignore_index, std::uintptr_t total,
+                std::uintptr_t items) {
+  check_size("rows", rows, 0);
+  check_present("loss", loss, rows);
+  check_present("labels", labels, rows);
+  check_present("total", total, 1);
+  lemur::cpu::sum_losses(pointer<const float>(loss), pointer<const int64_t>(labels), rows, ignore_index,
+                         pointer<float>(total), pointer<float>(items));
+}
+
 void cross_entropy(bool forward, std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels,
                    std::uintptr_t loss, std::uintptr_t lse, std::uintptr_t log_prob, std::uintptr_t entropy,
                    std::uintptr_t correct, std::uintptr_t dloss, std::uintptr_t dlogits, int64_t rows, int64_t cols,
@@ -232,12 +258,7 @@ void cross_entropy(bool forward, std::uintptr_t logits, int64_t logits_stride, s
     check_present("correct", correct, rows);
   }
   const int64_t* label = pointer<const int64_t>(labels);
-  for (int64_t row = 0; row < rows; ++row) {
-    if (label[row] != ignore_index && (label[row] < 0 || label[row] >= cols)) {
-      refuse("labels: got " + std::to_string(label[row]) + " at position " + std::to_string(row) + "; takes 0 to " +
-             std::to_string(cols - 1) + ", or ignore_index " + std::to_string(ignore_index));
-    }
-  }
+  check_labels(label, rows, cols, ignore_index);
   const lemur::cpu::CrossEntropy args{pointer<void>(logits),
                                       logits_stride,
                                       label,
@@ -481,6 +502,10 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("cross_entropy_bwd", &cross_entropy_bwd, "dloss"_a, "logits"_a, "logits_stride"_a, "labels"_a, "lse"_a,
           "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a, "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
           "Gradient of every row from its lse; see csrc/cpu/kernels.h.");
+  cpu.def("trained_rows", &trained_rows, "labels"_a, "rows"_a, "vocab"_a, "ignore_index"_a, "out"_a,
+          "Writes the positions of labels [rows] that are not ignored, and returns their number.");
+  cpu.def("sum_losses", &sum_losses, "loss"_a, "labels"_a, "rows"_a, "ignore_index"_a, "total"_a, "items"_a,
+          "Sum of losses [rows], and, unless items is 0, the number of labels that are not ignored, at least 1.");
   cpu.def("attention_fwd", &attention_fwd, "cu_seqlens"_a, "cu_seqlens_k"_a, "num_documents"_a, "q"_a, "k"_a, "v"_a,
           "out"_a, "lse"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "causal"_a,
           "window"_a, "softcap"_a, "scale"_a, "dtype"_a,

@@ -224,7 +224,8 @@ def attention_backward_reference(
 
 def _item(x: Tensor) -> tuple[int, int, int]:
     """A tensor [tokens, heads, D] as the compiled part takes it."""
-    return x.data_ptr(), x.stride(0), x.stride(1)
+    token, head, _ = x.stride()
+    return x.data_ptr(), token, head
 
 
 def _shape(
@@ -252,8 +253,9 @@ def _shape(
 def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    q, k, v = (unit_stride(x) for x in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
     shape = _shape(q, k, v, lse, cu_seqlens, cu_seqlens_k, options)
     _compiled.C.cpu.attention_fwd(out=out.data_ptr(), **shape)
@@ -333,7 +335,7 @@ register_backend(
 
 def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int, backend: str) -> None:
     """Raises for bounds that do not describe documents, where looking is free, done anyway, or asked for."""
-    if cu_seqlens.device.type != "cpu" and backend != "reference" and not debug_enabled():
+    if not cu_seqlens.is_cpu and backend != "reference" and not debug_enabled():
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
@@ -358,7 +360,8 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0], backend)
-    _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], backend)
+    if cu_seqlens_k is not cu_seqlens or k.shape[0] != q.shape[0]:
+        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], backend)
     options = AttentionOptions(causal, window, softcap, scale)
     return implementation("attention", backend, "forward")(q, k, v, cu_seqlens, cu_seqlens_k, options)
 
@@ -483,7 +486,7 @@ def attention(
     check_shape("k", k, (k.shape[0], kv_heads, head_dim), "the head dimension of q")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
-    check_shape("v", v, tuple(k.shape), "the shape of k")
+    check_shape("v", v, k.shape, "the shape of k")
     check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
     check_dims("cu_seqlens", cu_seqlens, "[num_docs + 1]")
     check_device("cu_seqlens", cu_seqlens, q.device)
@@ -495,7 +498,7 @@ def attention(
         cu_seqlens_k = cu_seqlens
     else:
         check_integer("cu_seqlens_k", cu_seqlens_k, (torch.int32,))
-        check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "the shape of cu_seqlens")
+        check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, "the shape of cu_seqlens")
         check_device("cu_seqlens_k", cu_seqlens_k, q.device)
     if window is not None:
         check_count("window", window)

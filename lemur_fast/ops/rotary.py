@@ -86,13 +86,14 @@ def _reference_backward(
 def _rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    outputs = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
-    q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
+    q_out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, dtype=dtype, memory_format=torch.contiguous_format)
+    q, k, cos, sin = unit_stride(q), unit_stride(k), unit_stride(cos), unit_stride(sin)
     if q.shape[2]:
         _compiled.C.cpu.rotary(
             items=[
-                (x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), x.shape[1])
-                for x, y in zip((q, k), outputs, strict=True)
+                (q.data_ptr(), *q.stride()[:2], q_out.data_ptr(), q.shape[1]),
+                (k.data_ptr(), *k.stride()[:2], k_out.data_ptr(), k.shape[1]),
             ],
             cos=cos.data_ptr(),
             cos_stride=cos.stride(0),
@@ -107,7 +108,7 @@ def _rotate(
             y_dtype=_compiled.dtype_code(dtype),
             table_dtype=_compiled.dtype_code(cos.dtype),
         )
-    return outputs
+    return q_out, k_out
 
 
 def _cpu_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         raise ValueError(
             f"cos: got shape {list(cos.shape)}; takes [{tokens}, {head_dim}] or [{tokens}, {head_dim // 2}]"
         )
-    check_shape("sin", sin, tuple(cos.shape), "the shape of cos")
+    check_shape("sin", sin, cos.shape, "the shape of cos")
     if sin.dtype != cos.dtype:
         raise ValueError(f"sin: got dtype {sin.dtype}; takes {cos.dtype}, the dtype of cos")
     check_constant("cos", cos)
