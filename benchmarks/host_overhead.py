@@ -3,7 +3,7 @@
     python -m benchmarks.host_overhead                     # every op, about half a minute; exits with 1 over the bar
     python -m benchmarks.host_overhead --only rms_norm --rounds 101
 
-The inputs are two tokens of eight columns, on the CPU, where hardly anything but the call itself takes time. Beside
+The inputs are one token of eight columns, on the CPU, where hardly anything but the call itself takes time. Beside
 each op: what does the same in plain torch, and a "bare" operator, registered through `torch.library` with the schema
 of ours, whose implementation allocates the outputs, whose gradient formula allocates the gradients, and no more. The
 bar is on the forward: at most 12 us more than the bare operator. All are timed in turns, on one thread of one process;
@@ -51,7 +51,7 @@ BAR = 12.0
 CALLS = 50
 """Calls of a function in one round. Each is timed: where another process takes the core, a median does not see it."""
 
-TOKENS, WIDTH, HEADS = 2, 8, 2
+TOKENS, WIDTH, HEADS = 1, 8, 2
 
 
 @dataclass

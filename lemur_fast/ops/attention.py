@@ -232,6 +232,9 @@ def _shape(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> dict[str, Any]:
     """The arguments that forward and backward share. The tensors must outlive the call."""
+    query_tokens, q_heads, head_dim = q.shape
+    key_tokens, kv_heads, _ = k.shape
+    causal, window, softcap, scale = options
     return {
         "cu_seqlens": cu_seqlens.data_ptr(),
         "cu_seqlens_k": cu_seqlens_k.data_ptr(),
@@ -240,13 +243,16 @@ def _shape(
         "k": _item(k),
         "v": _item(v),
         "lse": lse.data_ptr(),
-        "query_tokens": q.shape[0],
-        "key_tokens": k.shape[0],
-        "q_heads": q.shape[1],
-        "kv_heads": k.shape[1],
-        "head_dim": q.shape[2],
+        "query_tokens": query_tokens,
+        "key_tokens": key_tokens,
+        "q_heads": q_heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
         "dtype": _compiled.dtype_code(q.dtype),
-        **options._asdict(),
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "scale": scale,
     }
 
 
@@ -474,32 +480,35 @@ def attention(
         ValueError: a shape, device or option does not fit; on the CPU (elsewhere under ``LEMUR_FAST_DEBUG=1``) also
             `cu_seqlens` that decreases or passes the number of tokens.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_float(name, tensor)
-        check_device(name, tensor, q.device)
+    check_float("q", q)
+    check_float("k", k)
+    check_float("v", v)
+    device = q.device
+    check_device("k", k, device)
+    check_device("v", v, device)
     check_dims("q", q, "[T, Hq, D]")
     check_dims("k", k, "[S, Hk, D]")
     tokens, heads, head_dim = q.shape
+    key_tokens, kv_heads, _ = k.shape
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: got head dimension {head_dim}; takes 1 to {MAX_HEAD_DIM}")
-    kv_heads = k.shape[1]
-    check_shape("k", k, (k.shape[0], kv_heads, head_dim), "the head dimension of q")
+    check_shape("k", k, (key_tokens, kv_heads, head_dim), "the head dimension of q")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
     check_shape("v", v, k.shape, "the shape of k")
     check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
     check_dims("cu_seqlens", cu_seqlens, "[num_docs + 1]")
-    check_device("cu_seqlens", cu_seqlens, q.device)
-    if cu_seqlens.shape[0] == 0:
+    check_device("cu_seqlens", cu_seqlens, device)
+    if not cu_seqlens.numel():
         raise ValueError("cu_seqlens: got shape [0]; takes [num_docs + 1]")
     if cu_seqlens_k is None:
-        if k.shape[0] != tokens:
-            raise ValueError(f"k: got {k.shape[0]} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
+        if key_tokens != tokens:
+            raise ValueError(f"k: got {key_tokens} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
         cu_seqlens_k = cu_seqlens
     else:
         check_integer("cu_seqlens_k", cu_seqlens_k, (torch.int32,))
         check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, "the shape of cu_seqlens")
-        check_device("cu_seqlens_k", cu_seqlens_k, q.device)
+        check_device("cu_seqlens_k", cu_seqlens_k, device)
     if window is not None:
         check_count("window", window)
         if not causal:
@@ -507,9 +516,10 @@ def attention(
     if softcap is not None:
         check_number("softcap", softcap, positive=True)
     q, k, v = to_autocast_dtype(q, k, v)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: got dtype {tensor.dtype}; takes {q.dtype}, the dtype of q")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k: got dtype {k.dtype}; takes {q.dtype}, the dtype of q")
+    if v.dtype != q.dtype:
+        raise ValueError(f"v: got dtype {v.dtype}; takes {q.dtype}, the dtype of q")
     backend = choose("attention", q.device, q.dtype, head_dim=head_dim)
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, lse = torch.ops.lemur_fast.attention(

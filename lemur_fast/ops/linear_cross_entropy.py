@@ -64,6 +64,8 @@ class Layer(NamedTuple):
     def in_dtype_of_hidden(self) -> Layer:
         """The product is taken in the dtype of hidden."""
         dtype = self.hidden.dtype
+        if self.weight.dtype == dtype:  # which is the bias's, too
+            return self
         return Layer(self.hidden, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 

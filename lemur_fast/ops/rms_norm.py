@@ -275,6 +275,8 @@ def rms_norm(
     # Under autocast the stream is float32 and x comes from a bfloat16 product: their sum is float32, as in torch.
     dtype = torch.promote_types(x.dtype, residual.dtype)
     backend = choose("rms_norm", x.device, dtype, weight_dtype=weight.dtype)
-    y, h, _ = torch.ops.lemur_fast.add_rms_norm(_rows(x.to(dtype)), _rows(residual.to(dtype)), weight, eps, backend)
+    x_rows = _rows(x if x.dtype == dtype else x.to(dtype))
+    residual_rows = _rows(residual if residual.dtype == dtype else residual.to(dtype))
+    y, h, _ = torch.ops.lemur_fast.add_rms_norm(x_rows, residual_rows, weight, eps, backend)
     # No view of h where none is needed: FSDP2 warns of layers that return views.
     return (y, h) if x.dim() == 2 else (y.reshape(x.shape), h.reshape(x.shape))

@@ -215,9 +215,14 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         TypeError: a tensor is not of a float dtype.
         ValueError: shapes, dtypes or devices do not fit, or cos or sin requires a gradient.
     """
-    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        check_float(name, tensor)
-        check_device(name, tensor, q.device)
+    check_float("q", q)
+    check_float("k", k)
+    check_float("cos", cos)
+    check_float("sin", sin)
+    device = q.device
+    check_device("k", k, device)
+    check_device("cos", cos, device)
+    check_device("sin", sin, device)
     check_dims("q", q, "[T, Hq, D]")
     check_dims("k", k, "[T, Hk, D]")
     tokens, _, head_dim = q.shape
