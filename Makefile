@@ -42,7 +42,7 @@ gpu-static: $(INSTALLED)
 
 # For machines without a compiler. libgomp stays outside: the process must have one pool of threads, torch's own.
 wheel: $(INSTALLED)
-	rm -rf build/wheel
+	rm -rf build/wheel dist/lemur_fast-*.whl
 	$(BIN)/python -m pip wheel --verbose --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	$(BIN)/auditwheel show dist/lemur_fast-*.whl

@@ -160,6 +160,7 @@ def compiled_token_loss(
         out: memory for the result, which is then returned; None makes it.
     """
     result = empty_token_loss(logits, logits.shape[0], want_stats) if out is None else out
+    ignore_index, label_smoothing, z_loss, softcap = options
     labels = labels.contiguous()
     dloss = None if dloss is None else dloss.contiguous()
     _compiled.C.cpu.cross_entropy_fwd(
@@ -176,7 +177,10 @@ def compiled_token_loss(
         rows=logits.shape[0],
         cols=logits.shape[1],
         dtype=_compiled.dtype_code(logits.dtype),
-        **options._asdict(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
     )
     return result
 

@@ -91,10 +91,13 @@ register_backend(
 
 def _cross_entropy(logits: Tensor, labels: Tensor, *arguments: Any) -> TokenLoss:
     *options, want_stats, backend = arguments
-    checked = LossOptions(*options)
+    return _token_loss(logits, labels.long(), LossOptions(*options), want_stats, backend)
+
+
+def _token_loss(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool, backend: str) -> TokenLoss:
     if backend != "cpu":  # which looks at them itself
-        check_label_values(labels, logits.shape[1], checked.ignore_index)
-    return implementation("cross_entropy", backend, "forward")(logits, labels.long(), checked, want_stats)
+        check_label_values(labels, logits.shape[1], options.ignore_index)
+    return implementation("cross_entropy", backend, "forward")(logits, labels, options, want_stats)
 
 
 def _cross_entropy_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> TokenLoss:
@@ -102,10 +105,10 @@ def _cross_entropy_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> Toke
 
 
 def _sum(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *options, want_items, want_stats, backend = arguments
+    options, (want_items, want_stats, backend) = LossOptions(*arguments[:4]), arguments[4:]
     labels = labels.long()
-    loss, *rest = _cross_entropy(logits, labels, *options, want_stats, backend)
-    return *sum_losses(loss, labels, options[0], want_items, backend), *rest
+    losses = _token_loss(logits, labels, options, want_stats, backend)
+    return *sum_losses(losses.loss, labels, options.ignore_index, want_items, backend), *losses[1:]
 
 
 def _sum_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
