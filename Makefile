@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: pretrain test test-all lint bench gpu-static
+.PHONY: pretrain test test-all lint bench gpu-static wheel
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py $(ARGS)
@@ -35,9 +35,17 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.host_overhead
 
 gpu-static: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_static --every-option --out docs/gpu-static.md $(ARGS)
+
+# For machines without a compiler. libgomp stays outside: the process must have one pool of threads, torch's own.
+wheel: $(INSTALLED)
+	rm -rf build/wheel dist/lemur_fast-*.whl
+	$(BIN)/python -m pip wheel --verbose --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/lemur_fast-*.whl
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/*.cmake) $(CXX_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

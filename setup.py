@@ -2,24 +2,32 @@
 
 What the environment may say:
 
-- ``LEMUR_FAST_CUDA``: ``0`` leaves CUDA out, ``1`` makes a missing nvcc an error; unset, CUDA is built when nvcc is
-  found.
+- ``LEMUR_FAST_CUDA``: ``0`` leaves CUDA out, ``1`` makes it an error when CUDA cannot be built; unset, CUDA is built
+  when there is an nvcc that can.
 - ``LEMUR_FAST_CUDA_ARCHS``: what to compile for, such as ``80;90`` or ``90a``; unset, every architecture we support
   that nvcc knows.
-- ``CXX``, ``CUDACXX``, ``CUDA_HOME``: where the compilers are, as usual.
+- ``CXX``, ``CUDACXX``, ``CUDAHOSTCXX``, ``CUDA_HOME``: where the compilers are, as usual.
+
+nvcc is looked at here and not by CMake, whose messages come with its own call stack.
 """
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+OLDEST_CUDA = (12, 4)
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+"""What is compiled for, as far as nvcc knows it: 100 and 120 from CUDA 12.8 on. PTX of the newest comes with it."""
 
 
 def find_tool(name: str, folder_attribute: str) -> str:
@@ -41,6 +49,73 @@ def has_cxx_compiler() -> bool:
     return any(shutil.which(name) for name in (named[:1] or ["c++", "g++", "clang++"]))
 
 
+class CudaMissingError(Exception):
+    """CUDA cannot be built; says why."""
+
+
+def find_nvcc() -> str:
+    """Path of nvcc."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        found = shutil.which(named)
+        if not found:
+            raise CudaMissingError(f"CUDACXX is {named}, which is no program")
+        return found
+    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*homes, os.environ.get("PATH", ""), "/usr/local/cuda/bin", "/opt/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    if not found:
+        raise CudaMissingError("nvcc was not found (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)")
+    return found
+
+
+def output_of(*command: str) -> str:
+    """What it prints; CudaMissingError with the first line that tells of an error when it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CudaMissingError(f"{command[0]} does not run: {error.strerror}") from None
+    if result.returncode:
+        lines = (result.stderr + result.stdout).strip().splitlines() or [f"exit status {result.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[-1])
+        # The text goes on through CMake into a string of C++: nothing that either of them reads as its own.
+        raise CudaMissingError(f"{command[0]} fails: {re.sub(r'[^ !%-:<-Z^-~]', '', line)}")
+    return result.stdout
+
+
+def find_cuda() -> tuple[str, list[str]]:
+    """Path of an nvcc that compiles here, and the architectures to compile for.
+
+    Raises:
+        CudaMissingError: there is none.
+        SystemExit: ``LEMUR_FAST_CUDA_ARCHS`` asks for what it does not know.
+    """
+    nvcc = find_nvcc()
+    version = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    if not version:
+        raise CudaMissingError(f"{nvcc} does not tell its version")
+    if (int(version[1]), int(version[2])) < OLDEST_CUDA:
+        raise CudaMissingError(f"{nvcc} is of CUDA {version[1]}.{version[2]}; CUDA 12.4 or newer is needed")
+    known = re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))
+    asked = re.findall(r"[^\s,;]+", os.environ.get("LEMUR_FAST_CUDA_ARCHS", ""))
+    for arch in asked:
+        # nvcc lists 90, and takes its variants 90a and 100f without listing them.
+        if arch.rstrip("af") not in known:
+            raise SystemExit(
+                f"lemur_fast: LEMUR_FAST_CUDA_ARCHS: got {arch}; "
+                f"{nvcc} of CUDA {version[1]}.{version[2]} takes {', '.join(known)}"
+            )
+    archs = asked or [arch for arch in CUDA_ARCHS if arch in known]
+    if not archs:
+        raise CudaMissingError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
+    host = os.environ.get("CUDAHOSTCXX")
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cu")
+        probe.write_text("__global__ void probe() {}\n")
+        output_of(nvcc, *(("-ccbin", host) if host else ()), "-c", str(probe), "-o", f"{folder}/probe.o")
+    return nvcc, archs
+
+
 class CMakeBuild(build_ext):
     """A ``build_ext`` that hands the one extension over to CMake."""
 
@@ -58,6 +133,16 @@ class CMakeBuild(build_ext):
                 "Ops run on plain torch. Install g++ or clang++ (or set CXX) and install again."
             )
             return
+        nvcc, archs, missing = "", [], ""
+        try:
+            if cuda == "0":
+                raise CudaMissingError("switched off by LEMUR_FAST_CUDA=0")
+            nvcc, archs = find_cuda()
+        except CudaMissingError as error:
+            if cuda == "1":
+                raise SystemExit(f"lemur_fast: LEMUR_FAST_CUDA=1, but {error}") from None
+            missing = str(error)
+            print(f"lemur_fast: building without CUDA: {missing}", flush=True)
 
         import pybind11
 
@@ -78,8 +163,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DLEMUR_FAST_VERSION={self.distribution.get_version()}",
-            f"-DLEMUR_FAST_CUDA={cuda}",
-            f"-DLEMUR_FAST_CUDA_ARCHS={os.environ.get('LEMUR_FAST_CUDA_ARCHS', '')}",
+            f"-DLEMUR_FAST_NVCC={nvcc}",
+            f"-DLEMUR_FAST_CUDA_ARCHS={';'.join(archs)}",
+            f"-DLEMUR_FAST_CUDA_MISSING={missing}",
         ]
         for command in (configure, [cmake, "--build", str(build)]):
             if subprocess.run(command, check=False).returncode != 0:

@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "cpu/kernels.h"
+#include "cpu/labels.h"
 #include "cpu/parallel.h"
 #include "dtype.h"
 #include "packing.h"
@@ -76,14 +77,29 @@ auto on_cpu(Args (*checked)(Given...), void (*lemur::cpu::Kernels::*run)(const A
 }
 
 // Here looking at them is cheap; on a GPU it would cost a sync.
-void check_labels(const lemur::CrossEntropy& a) {
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t label = a.labels[row];
-    if (label != a.ignore_index && (label < 0 || label >= a.cols)) {
-      refuse("labels: got " + std::to_string(label) + " at position " + std::to_string(row) + "; takes 0 to " +
-             std::to_string(a.cols - 1) + ", or ignore_index " + std::to_string(a.ignore_index));
-    }
-  }
+void check_labels(const int64_t* labels, int64_t rows, int64_t vocab, int64_t ignore_index) {
+  const int64_t row = lemur::cpu::first_wrong_label(labels, rows, vocab, ignore_index);
+  if (row < 0) return;
+  refuse("labels: got " + std::to_string(labels[row]) + " at position " + std::to_string(row) + "; takes 0 to " +
+         std::to_string(vocab - 1) + ", or ignore_index " + std::to_string(ignore_index));
+}
+
+int64_t trained_rows(std::uintptr_t labels, int64_t rows, int64_t vocab, int64_t ignore_index, std::uintptr_t out) {
+  check_size("rows", rows, 0);
+  check_present("labels", labels, rows);
+  check_present("out", out, rows);
+  check_labels(pointer<const int64_t>(labels), rows, vocab, ignore_index);
+  return lemur::cpu::trained_rows(pointer<const int64_t>(labels), rows, ignore_index, pointer<int64_t>(out));
+}
+
+void sum_losses(std::uintptr_t loss, std::uintptr_t labels, int64_t rows, int64_t ignore_index, std::uintptr_t total,
+                std::uintptr_t items) {
+  check_size("rows", rows, 0);
+  check_present("loss", loss, rows);
+  check_present("labels", labels, rows);
+  check_present("total", total, 1);
+  lemur::cpu::sum_losses(pointer<const float>(loss), pointer<const int64_t>(labels), rows, ignore_index,
+                         pointer<float>(total), pointer<float>(items));
 }
 
 template <typename... Given>
@@ -91,7 +107,7 @@ auto with_labels(lemur::CrossEntropy (*checked)(Given...),
                  void (*lemur::cpu::Kernels::*run)(const lemur::CrossEntropy&)) {
   return [checked, run](Given... given) {
     const lemur::CrossEntropy args = checked(given...);
-    check_labels(args);
+    check_labels(args.labels, args.rows, args.cols, args.ignore_index);
     const auto& table = lemur::cpu::kernels();
     py::gil_scoped_release release;
     (table.*run)(args);
@@ -303,6 +319,10 @@ PYBIND11_MODULE(_C, m) {
   checked::def_rotary(cpu, rotary_on_cpu(checked::rotary));
   checked::def_cross_entropy_fwd(cpu, with_labels(checked::cross_entropy_fwd, &Kernels::cross_entropy_fwd));
   checked::def_cross_entropy_bwd(cpu, with_labels(checked::cross_entropy_bwd, &Kernels::cross_entropy_bwd));
+  cpu.def("trained_rows", &trained_rows, "labels"_a, "rows"_a, "vocab"_a, "ignore_index"_a, "out"_a,
+          "Writes the positions of labels [rows] that are not ignored, and returns their number.");
+  cpu.def("sum_losses", &sum_losses, "loss"_a, "labels"_a, "rows"_a, "ignore_index"_a, "total"_a, "items"_a,
+          "Sum of losses [rows], and, unless items is 0, the number of labels that are not ignored, at least 1.");
   cpu.def("attention_fwd", &attention_fwd, "cu_seqlens"_a, "cu_seqlens_k"_a, "num_documents"_a, "q"_a, "k"_a, "v"_a,
           "out"_a, "lse"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "causal"_a,
           "window"_a, "softcap"_a, "scale"_a, "dtype"_a,

@@ -136,6 +136,10 @@ class cpu:
         dtype: int,
     ) -> None: ...
     @staticmethod
+    def trained_rows(labels: int, rows: int, vocab: int, ignore_index: int, out: int) -> int: ...
+    @staticmethod
+    def sum_losses(loss: int, labels: int, rows: int, ignore_index: int, total: int, items: int) -> None: ...
+    @staticmethod
     def attention_fwd(
         cu_seqlens: int,
         cu_seqlens_k: int,

@@ -5,6 +5,8 @@ Every check looks at shapes, dtypes, devices and layouts only, never at values: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,8 @@ def check_dims(name: str, tensor: Tensor, layout: str) -> None:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes {layout}")
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    if tuple(tensor.shape) != shape:
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], why: str) -> None:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}; takes {list(shape)} ({why})")
 
 
@@ -61,13 +63,16 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def check_constant(name: str, tensor: Tensor) -> None:
     """Refuses a tensor that wants a gradient the op would not compute."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: got a tensor that requires a gradient; takes a constant (detach it)")
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """`tensor` with its last dimension contiguous: itself when it is, else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    # First what is usual, and quick to ask.
+    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -84,6 +84,19 @@ def empty_token_loss(like: Tensor, tokens: int, want_stats: bool) -> TokenLoss:
     )
 
 
+def _unwritten(logits: Tensor, want_stats: bool) -> TokenLoss:
+    """Memory for what a kernel writes of every row, ignored ones included."""
+    rows = logits.shape[0]
+    stats = rows if want_stats else 0
+    return TokenLoss(
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(stats, dtype=torch.float32),
+        logits.new_empty(stats, dtype=torch.float32),
+        logits.new_empty(stats, dtype=torch.bool),
+    )
+
+
 # ---- the formula in plain torch --------------------------------------------------------------------------------------
 
 
@@ -146,6 +159,7 @@ def compiled_token_loss(
     want_stats: bool,
     dloss: Tensor | None = None,
     grad_out: Tensor | None = None,
+    out: TokenLoss | None = None,
 ) -> TokenLoss:
     """Loss of every row, and the gradient of ``(dloss * loss).sum()`` while the row is at hand.
 
@@ -156,12 +170,10 @@ def compiled_token_loss(
         want_stats: fill `log_prob`, `entropy` and `correct`.
         dloss: ``[T]`` float32; None stands for ones.
         grad_out: ``[T, V]``, contiguous, that receives the gradient, or None. May be `logits` itself.
+        out: memory for the result, which is then returned; None makes it.
     """
-    rows = logits.shape[0]
-    stats = rows if want_stats else 0
-    loss, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    log_prob, entropy = (logits.new_empty(stats, dtype=torch.float32) for _ in range(2))
-    result = TokenLoss(loss, lse, log_prob, entropy, logits.new_empty(stats, dtype=torch.bool))
+    result = _unwritten(logits, want_stats) if out is None else out
+    ignore_index, label_smoothing, z_loss, softcap = options
     labels = labels.contiguous()
     dloss = None if dloss is None else dloss.contiguous()
     kernels, where = _compiled.place(logits)
@@ -179,7 +191,10 @@ def compiled_token_loss(
         rows=logits.shape[0],
         cols=logits.shape[1],
         dtype=_compiled.dtype_code(logits.dtype),
-        **options._asdict(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
         **where,
     )
     return result
@@ -208,7 +223,7 @@ def triton_token_loss(
 
 def check_label_values(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Raises for a label outside the vocabulary, where looking is free (CPU) or asked for (debug mode)."""
-    if labels.device.type != "cpu" and not debug_enabled():
+    if not (labels.is_cpu or debug_enabled()):
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if bool(wrong.any()):
@@ -263,15 +278,49 @@ def only_rows(labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
     return torch.where(listed[:tokens], labels, ignore_index)
 
 
+def sum_losses(
+    loss: Tensor, labels: Tensor, ignore_index: int, want_items: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and the number of trained tokens, at least 1, so that a mean over none of them is 0.
+
+    Args:
+        loss: ``[T]``, 0 where a token does not train.
+        labels: ``[T]`` int64.
+        ignore_index: label of a token that does not train.
+        want_items: whether they are counted; the second result is empty when not.
+        backend: that of the op. In plain torch these are six small operators, dearer than a small loss itself.
+    """
+    if backend != "cpu":
+        items = trained_weight(labels, None, ignore_index, loss.dtype).clamp(min=1) if want_items else loss.new_empty(0)
+        return loss.sum(), items
+    total, items = empty_sum(loss, want_items)
+    _compiled.C.cpu.sum_losses(
+        loss=loss.data_ptr(),
+        labels=labels.contiguous().data_ptr(),
+        rows=loss.shape[0],
+        ignore_index=ignore_index,
+        total=total.data_ptr(),
+        items=items.data_ptr() if want_items else 0,
+    )
+    return total, items
+
+
+def empty_sum(loss: Tensor, want_items: bool) -> tuple[Tensor, Tensor]:
+    """Memory for what `sum_losses` returns, in the dtype of the losses."""
+    return loss.new_empty(()), loss.new_empty(() if want_items else 0)
+
+
 def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, trained_weight: Tensor | None) -> Tensor:
     """`total` over `num_items`, or over the weight of the trained tokens; 0 when both are 0."""
     items = trained_weight if num_items is None else num_items
     assert items is not None
     if not isinstance(items, Tensor):
+        if items:
+            return total / items
         items = torch.full_like(total, items)
     items = items.to(device=total.device, dtype=total.dtype).reshape(())
     # Nothing trained: 0 / 1 has finite gradients. Losses over no items stay infinite: the count is wrong.
-    return total / torch.where((items == 0) & (total == 0), 1.0, items)
+    return total / (items + ((items == 0) & (total == 0)))
 
 
 def trained_weight(labels: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     """Defines the operator ``lemur_fast::<schema>``.
 
     Args:
-        schema: name and signature; functional, so no argument is mutated and no output aliases an input.
+        schema: name and signature; functional, so no argument is mutated and no output aliases an input. The first
+            argument is a tensor.
         implementation: runs it on real tensors of any device.
         fake: gives the outputs' shapes, dtypes and strides for tracing.
     """
@@ -23,7 +24,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     def run(*args: Any) -> Any:
         # Autocast stays active inside an operator. The dtypes were settled by the public function, and the
         # reference must not have its float32 products turned into bfloat16 behind its back.
-        device_type = _device_type(args)
+        device_type = args[0].device.type
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return implementation(*args)
@@ -32,10 +33,6 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lemur_fast::{name}", fake, lib=_LIBRARY)
-
-
-def _device_type(args: tuple) -> str:
-    return next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
 
 
 def differentiable(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -225,13 +225,17 @@ def attention_backward_reference(
 
 def _item(x: Tensor) -> tuple[int, int, int]:
     """A tensor [tokens, heads, D] as the compiled part takes it."""
-    return x.data_ptr(), x.stride(0), x.stride(1)
+    token, head, _ = x.stride()
+    return x.data_ptr(), token, head
 
 
 def _shape(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> dict[str, Any]:
     """The arguments that forward and backward share. The tensors must outlive the call."""
+    query_tokens, q_heads, head_dim = q.shape
+    key_tokens, kv_heads, _ = k.shape
+    causal, window, softcap, scale = options
     return {
         "cu_seqlens": cu_seqlens.data_ptr(),
         "cu_seqlens_k": cu_seqlens_k.data_ptr(),
@@ -240,21 +244,25 @@ def _shape(
         "k": _item(k),
         "v": _item(v),
         "lse": lse.data_ptr(),
-        "query_tokens": q.shape[0],
-        "key_tokens": k.shape[0],
-        "q_heads": q.shape[1],
-        "kv_heads": k.shape[1],
-        "head_dim": q.shape[2],
+        "query_tokens": query_tokens,
+        "key_tokens": key_tokens,
+        "q_heads": q_heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
         "dtype": _compiled.dtype_code(q.dtype),
-        **options._asdict(),
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "scale": scale,
     }
 
 
 def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    q, k, v = (unit_stride(x) for x in (q, k, v))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
     shape = _shape(q, k, v, lse, cu_seqlens, cu_seqlens_k, options)
     _compiled.C.cpu.attention_fwd(out=out.data_ptr(), **shape)
@@ -349,7 +357,7 @@ register_backend(
 
 def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int, backend: str) -> None:
     """Raises for bounds that do not describe documents, where looking is free, done anyway, or asked for."""
-    if cu_seqlens.device.type != "cpu" and backend != "reference" and not debug_enabled():
+    if not cu_seqlens.is_cpu and backend != "reference" and not debug_enabled():
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
@@ -374,7 +382,8 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0], backend)
-    _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], backend)
+    if cu_seqlens_k is not cu_seqlens or k.shape[0] != q.shape[0]:
+        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], backend)
     options = AttentionOptions(causal, window, softcap, scale)
     return implementation("attention", backend, "forward")(q, k, v, cu_seqlens, cu_seqlens_k, options)
 
@@ -487,32 +496,35 @@ def attention(
         ValueError: a shape, device or option does not fit; on the CPU (elsewhere under ``LEMUR_FAST_DEBUG=1``) also
             `cu_seqlens` that decreases or passes the number of tokens.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_float(name, tensor)
-        check_device(name, tensor, q.device)
+    check_float("q", q)
+    check_float("k", k)
+    check_float("v", v)
+    device = q.device
+    check_device("k", k, device)
+    check_device("v", v, device)
     check_dims("q", q, "[T, Hq, D]")
     check_dims("k", k, "[S, Hk, D]")
     tokens, heads, head_dim = q.shape
+    key_tokens, kv_heads, _ = k.shape
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: got head dimension {head_dim}; takes 1 to {MAX_HEAD_DIM}")
-    kv_heads = k.shape[1]
-    check_shape("k", k, (k.shape[0], kv_heads, head_dim), "the head dimension of q")
+    check_shape("k", k, (key_tokens, kv_heads, head_dim), "the head dimension of q")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
-    check_shape("v", v, tuple(k.shape), "the shape of k")
+    check_shape("v", v, k.shape, "the shape of k")
     check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
     check_dims("cu_seqlens", cu_seqlens, "[num_docs + 1]")
-    check_device("cu_seqlens", cu_seqlens, q.device)
-    if cu_seqlens.shape[0] == 0:
+    check_device("cu_seqlens", cu_seqlens, device)
+    if not cu_seqlens.numel():
         raise ValueError("cu_seqlens: got shape [0]; takes [num_docs + 1]")
     if cu_seqlens_k is None:
-        if k.shape[0] != tokens:
-            raise ValueError(f"k: got {k.shape[0]} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
+        if key_tokens != tokens:
+            raise ValueError(f"k: got {key_tokens} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
         cu_seqlens_k = cu_seqlens
     else:
         check_integer("cu_seqlens_k", cu_seqlens_k, (torch.int32,))
-        check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape), "the shape of cu_seqlens")
-        check_device("cu_seqlens_k", cu_seqlens_k, q.device)
+        check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, "the shape of cu_seqlens")
+        check_device("cu_seqlens_k", cu_seqlens_k, device)
     if window is not None:
         check_count("window", window)
         if not causal:
@@ -520,9 +532,10 @@ def attention(
     if softcap is not None:
         check_number("softcap", softcap, positive=True)
     q, k, v = to_autocast_dtype(q, k, v)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: got dtype {tensor.dtype}; takes {q.dtype}, the dtype of q")
+    if k.dtype != q.dtype:
+        raise ValueError(f"k: got dtype {k.dtype}; takes {q.dtype}, the dtype of q")
+    if v.dtype != q.dtype:
+        raise ValueError(f"v: got dtype {v.dtype}; takes {q.dtype}, the dtype of q")
     backend = choose(
         "attention",
         q.device,

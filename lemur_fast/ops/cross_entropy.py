@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
-from lemur_fast.ops._checks import check_dims, check_float, compute_dtype, unit_stride
+from lemur_fast.ops._checks import check_dims, check_float, unit_stride
 from lemur_fast.ops._loss import (
     LossOptions,
     LossStats,
@@ -22,8 +22,10 @@ from lemur_fast.ops._loss import (
     check_labels,
     compiled_token_loss,
     divide_by_items,
+    empty_sum,
     empty_token_loss,
     loss_options,
+    sum_losses,
     token_loss_backward_reference,
     token_loss_reference,
     trained_weight,
@@ -92,13 +94,30 @@ register_backend(
 
 def _cross_entropy(logits: Tensor, labels: Tensor, *arguments: Any) -> TokenLoss:
     *options, want_stats, backend = arguments
-    checked = LossOptions(*options)
-    check_label_values(labels, logits.shape[1], checked.ignore_index)
-    return implementation("cross_entropy", backend, "forward")(logits, labels.long(), checked, want_stats)
+    return _token_loss(logits, labels.long(), LossOptions(*options), want_stats, backend)
+
+
+def _token_loss(logits: Tensor, labels: Tensor, options: LossOptions, want_stats: bool, backend: str) -> TokenLoss:
+    if backend != "cpu":  # which looks at them itself
+        check_label_values(labels, logits.shape[1], options.ignore_index)
+    return implementation("cross_entropy", backend, "forward")(logits, labels, options, want_stats)
 
 
 def _cross_entropy_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> TokenLoss:
     return empty_token_loss(logits, logits.shape[0], want_stats=arguments[-2])
+
+
+def _sum(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options, (want_items, want_stats, backend) = LossOptions(*arguments[:4]), arguments[4:]
+    labels = labels.long()
+    losses = _token_loss(logits, labels, options, want_stats, backend)
+    return *sum_losses(losses.loss, labels, options.ignore_index, want_items, backend), *losses[1:]
+
+
+def _sum_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    want_items, want_stats, _ = arguments[-3:]
+    loss, *rest = empty_token_loss(logits, logits.shape[0], want_stats)
+    return *empty_sum(loss, want_items), *rest
 
 
 def _cross_entropy_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
@@ -116,6 +135,13 @@ define(
     " bool want_stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
+)
+define(
+    "cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss,"
+    " float softcap, bool want_items, bool want_stats, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _sum,
+    _sum_fake,
 )
 define(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index,"
@@ -137,7 +163,18 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
     return dlogits, None, None, None, None, None, None, None
 
 
+def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, *ctx.options, _, _, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, output[2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
+    return *_backward(ctx, dtotal.expand(ctx.saved_tensors[0].shape[0])), None
+
+
 differentiable("cross_entropy", _backward, _save)
+differentiable("cross_entropy_sum", _backward_sum, _save_sum)
 once_differentiable("cross_entropy_bwd")
 
 # ---- public ----------------------------------------------------------------------------------------------------------
@@ -188,15 +225,21 @@ def cross_entropy(
     check_labels(labels, weights, logits.shape[0], logits.device)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     backend = choose("cross_entropy", logits.device, logits.dtype, logits.numel(), wants_grad(logits))
-    loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
-    if weights is not None:
-        # where: 0 * weight would be NaN for an infinite weight of a token that does not train
-        loss = torch.where(labels != ignore_index, loss * weights.to(loss.dtype), 0.0)
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        items = None
-        if num_items is None:
-            items = trained_weight(labels, weights, ignore_index, compute_dtype(logits.dtype))
-        loss = divide_by_items(loss, num_items, items)
+    if reduction == "none" or weights is not None:
+        loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
+        if weights is not None:
+            # where: 0 * weight would be NaN for an infinite weight of a token that does not train
+            loss = torch.where(labels != ignore_index, loss * weights.to(loss.dtype), 0.0)
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            items = trained_weight(labels, weights, ignore_index, loss.dtype) if num_items is None else None
+            loss = divide_by_items(loss, num_items, items)
+    else:
+        count = reduction == "mean" and num_items is None
+        loss, items, *stats = torch.ops.lemur_fast.cross_entropy_sum(
+            logits, labels, *options, count, return_stats, backend
+        )
+        if reduction == "mean":
+            loss = loss / items if count else divide_by_items(loss, num_items, None)
     return (loss, LossStats(*stats)) if return_stats else loss

@@ -42,9 +42,11 @@ from lemur_fast.ops._loss import (
     check_labels,
     compiled_token_loss,
     divide_by_items,
+    empty_sum,
     empty_token_loss,
     loss_options,
     only_rows,
+    sum_losses,
     token_loss_backward_reference,
     token_loss_reference,
     trained_weight,
@@ -63,6 +65,8 @@ class Layer(NamedTuple):
     def in_dtype_of_hidden(self) -> Layer:
         """The product is taken in the dtype of hidden."""
         dtype = self.hidden.dtype
+        if self.weight.dtype == dtype:  # which is the bias's, too
+            return self
         return Layer(self.hidden, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
@@ -163,37 +167,50 @@ def _cpu_run(
     tokens, vocab = hidden.shape[0], weight.shape[0]
     losses = empty_token_loss(hidden, tokens, want_stats)
     gradients = _empty_gradients(layer, wanted)
-    trained = (labels != options.ignore_index).nonzero()[:, 0]
-    chunks = _chunks(trained, chunk_tokens or max(256, _CHUNK_LOGITS // vocab))
-    if trained.numel() < tokens:
+    labels, trained = labels.contiguous(), labels.new_empty(tokens)
+    count = _compiled.C.cpu.trained_rows(
+        labels=labels.data_ptr(),
+        rows=tokens,
+        vocab=vocab,
+        ignore_index=options.ignore_index,
+        out=trained.data_ptr(),
+    )
+    most = chunk_tokens or max(256, _CHUNK_LOGITS // vocab)
+    if count < tokens:
         gradients.hidden.zero_()
-    if not chunks:
+    if not count:
         gradients.weight.zero_()
         gradients.bias.zero_()
         return losses, gradients
+    all_at_once = count == tokens <= most  # then nothing is gathered, and nothing put back
+    chunks = (trained,) if all_at_once else _chunks(trained[:count], most)
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
-    product = weight.new_empty(weight.shape[1] * min(vocab, _PRODUCT_COLUMNS) if wanted.weight else 0)
+    product = None
+    if wanted.weight:
+        product = weight.new_empty(weight.shape[1] * min(vocab, _PRODUCT_COLUMNS))
     for number, chunk_rows in enumerate(chunks):
-        logits, hidden_rows = memory[: chunk_rows.numel()], hidden[chunk_rows]
+        logits = memory if all_at_once else memory[: chunk_rows.numel()]
+        hidden_rows = hidden if all_at_once else hidden[chunk_rows]
         if bias is None:
             torch.mm(hidden_rows, weight.T, out=logits)
         else:
             torch.addmm(bias, hidden_rows, weight.T, out=logits)
         chunk = compiled_token_loss(
             logits,
-            labels[chunk_rows],
+            labels if all_at_once else labels[chunk_rows],
             options,
             want_stats,
             None if dloss is None else dloss[chunk_rows].float(),
             grad_out=logits if any(wanted) else None,
+            out=losses if all_at_once else None,
         )
-        for whole, part in zip(losses, chunk, strict=True):
+        for whole, part in () if all_at_once else zip(losses, chunk, strict=True):
             if whole.numel():
                 whole[chunk_rows] = part
         if wanted.hidden:
             gradients.hidden[chunk_rows] = logits @ weight
-        if wanted.weight:
+        if product is not None:
             _add_product(gradients.weight.T, hidden_rows.T.contiguous(), logits, product, first=number == 0)
         if wanted.bias:
             _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=number == 0)
@@ -392,25 +409,30 @@ def _sum(
     chunk_tokens: int | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *options, want_stats, want_hidden, want_weight, want_bias, backend = arguments
+    *options, want_items, want_stats, want_hidden, want_weight, want_bias, backend = arguments
     checked = LossOptions(*options)
-    check_label_values(labels, weight.shape[0], checked.ignore_index)
+    if backend != "cpu" or rows is not None:  # it looks at what it projects
+        check_label_values(labels, weight.shape[0], checked.ignore_index)
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
     wanted = Wanted(want_hidden, want_weight, want_bias)
     layer = Layer(hidden, weight, bias)
     losses, gradients = run(layer, labels, rows, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
-    if weights is not None:
-        loss = torch.where(labels != checked.ignore_index, loss * weights.to(loss.dtype), 0.0)
-    return loss.sum(), *losses[1:], *gradients
+    if weights is None:
+        return *sum_losses(loss, labels, checked.ignore_index, want_items, backend), *losses[1:], *gradients
+    loss = torch.where(labels != checked.ignore_index, loss * weights.to(loss.dtype), 0.0)
+    items = loss.new_empty(0)
+    if want_items:
+        items = trained_weight(labels, weights, checked.ignore_index, loss.dtype)
+    return loss.sum(), items, *losses[1:], *gradients
 
 
 def _sum_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    want_stats, *wanted, _ = arguments[-5:]
-    losses = empty_token_loss(hidden, hidden.shape[0], want_stats)
+    want_items, want_stats, *wanted, _ = arguments[-6:]
+    loss, *rest = empty_token_loss(hidden, hidden.shape[0], want_stats)
     gradients = _empty_gradients(Layer(hidden, weight, None), Wanted(*wanted))
-    return losses.loss.new_empty(()), *losses[1:], *gradients
+    return *empty_sum(loss, want_items), *rest, *gradients
 
 
 def _sum_bwd(
@@ -449,8 +471,8 @@ define(
     _tokens_bwd_fake,
 )
 define(
-    f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool want_stats, {_WANTED})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool want_items, bool want_stats, {_WANTED})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sum,
     _sum_fake,
 )
@@ -500,7 +522,7 @@ def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
         dhidden if wanted[0] else None,
         dweight if wanted[1] else None,
         dbias.to(ctx.bias_dtype) if wanted[2] else None,
-        *(None,) * 13,
+        *(None,) * 14,
     )
 
 
@@ -600,15 +622,18 @@ def linear_cross_entropy(
             loss = torch.where(labels != ignore_index, loss * weights.to(loss.dtype), 0.0)
         if reduction != "none":
             loss = loss.sum()
+        if reduction == "mean":
+            counted = only_rows(labels, rows, ignore_index)
+            items = trained_weight(counted, weights, ignore_index, loss.dtype) if num_items is None else None
+            loss = divide_by_items(loss, num_items, items)
     else:
-        loss, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
-            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, return_stats, *wanted, backend
+        count = reduction == "mean" and num_items is None
+        loss, items, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
+            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, count, return_stats, *wanted, backend
         )
         stats = stats[:4]
-    if reduction == "mean":
-        items = None
-        if num_items is None:
-            counted = labels if rows is None else only_rows(labels, rows, ignore_index)
-            items = trained_weight(counted, weights, ignore_index, compute_dtype(hidden.dtype))
-        loss = divide_by_items(loss, num_items, items)
+        if count and weights is None:
+            loss = loss / items
+        elif reduction == "mean":
+            loss = divide_by_items(loss, num_items, items)
     return (loss, LossStats(*stats)) if return_stats else loss

@@ -57,7 +57,7 @@ def rms_norm_backward_reference(
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
-# forward: (x [R, H], residual [R, H] or None, weight [H], eps) -> (y, h or empty, rstd [R])
+# forward: (x [R, H], residual [R, H] or None, weight [H], eps) -> (y, h or what stands for none, rstd [R])
 # backward: (dy, dh or None, h, weight, rstd, want_dw) -> (dx, dw or empty)
 
 
@@ -75,8 +75,8 @@ def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
 def _compiled_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = x.shape
     y = x.new_empty((rows, cols), dtype=torch.promote_types(x.dtype, weight.dtype))
-    h = x.new_empty(0 if residual is None else (rows, cols))
     rstd = x.new_empty(rows, dtype=torch.float32)
+    h = rstd if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     weight = _weight_for(x, weight)
     kernels, where = _compiled.place(x)
     kernels.rms_norm_fwd(
@@ -242,6 +242,11 @@ once_differentiable("rms_norm_bwd")
 # ---- public ----------------------------------------------------------------------------------------------------------
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``[rows, H]``; no view where none is needed, which would cost more than all checks."""
+    return x if x.dim() == 2 else x.reshape(-1 if x.numel() else 0, x.shape[-1])
+
+
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float = ..., residual: None = ...) -> Tensor: ...
 @overload
@@ -276,19 +281,18 @@ def rms_norm(
     check_shape("weight", weight, (x.shape[-1],), "the last dimension of x")
     check_device("weight", weight, x.device)
     check_number("eps", eps)
-    rows = (-1, x.shape[-1]) if x.numel() else (0, x.shape[-1])
     if residual is None:
         backend = choose("rms_norm", x.device, x.dtype, x.numel(), wants_grad(x, weight), weight_dtype=weight.dtype)
-        y, _ = torch.ops.lemur_fast.rms_norm(x.reshape(rows), weight, eps, backend)
-        return y.reshape(x.shape)
+        y, _ = torch.ops.lemur_fast.rms_norm(_rows(x), weight, eps, backend)
+        return y if x.dim() == 2 else y.reshape(x.shape)
     check_float("residual", residual)
-    check_shape("residual", residual, tuple(x.shape), "the shape of x")
+    check_shape("residual", residual, x.shape, "the shape of x")
     check_device("residual", residual, x.device)
     # Under autocast the stream is float32 and x comes from a bfloat16 product: their sum is float32, as in torch.
     dtype = torch.promote_types(x.dtype, residual.dtype)
     backend = choose("rms_norm", x.device, dtype, x.numel(), wants_grad(x, weight, residual), weight_dtype=weight.dtype)
-    y, h, _ = torch.ops.lemur_fast.add_rms_norm(
-        x.to(dtype).reshape(rows), residual.to(dtype).reshape(rows), weight, eps, backend
-    )
+    x_rows = _rows(x if x.dtype == dtype else x.to(dtype))
+    residual_rows = _rows(residual if residual.dtype == dtype else residual.to(dtype))
+    y, h, _ = torch.ops.lemur_fast.add_rms_norm(x_rows, residual_rows, weight, eps, backend)
     # No view of h where none is needed: FSDP2 warns of layers that return views.
     return (y, h) if x.dim() == 2 else (y.reshape(x.shape), h.reshape(x.shape))

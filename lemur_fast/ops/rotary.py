@@ -86,8 +86,9 @@ def _reference_backward(
 def _rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    outputs = q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
-    q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
+    q_out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, dtype=dtype, memory_format=torch.contiguous_format)
+    q, k, cos, sin = unit_stride(q), unit_stride(k), unit_stride(cos), unit_stride(sin)
     # Kernels are built for tables of one dtype with x and y, and for float32, which has the values of all.
     if not q.dtype == cos.dtype == dtype:
         cos, sin = cos.float(), sin.float()
@@ -95,8 +96,8 @@ def _rotate(
         kernels, where = _compiled.place(q)
         kernels.rotary(
             items=[
-                (x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), x.shape[1])
-                for x, y in zip((q, k), outputs, strict=True)
+                (q.data_ptr(), *q.stride()[:2], q_out.data_ptr(), q.shape[1]),
+                (k.data_ptr(), *k.stride()[:2], k_out.data_ptr(), k.shape[1]),
             ],
             cos=cos.data_ptr(),
             cos_stride=cos.stride(0),
@@ -112,7 +113,7 @@ def _rotate(
             table_dtype=_compiled.dtype_code(cos.dtype),
             **where,
         )
-    return outputs
+    return q_out, k_out
 
 
 def _compiled_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -220,9 +221,14 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         TypeError: a tensor is not of a float dtype.
         ValueError: shapes, dtypes or devices do not fit, or cos or sin requires a gradient.
     """
-    for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        check_float(name, tensor)
-        check_device(name, tensor, q.device)
+    check_float("q", q)
+    check_float("k", k)
+    check_float("cos", cos)
+    check_float("sin", sin)
+    device = q.device
+    check_device("k", k, device)
+    check_device("cos", cos, device)
+    check_device("sin", sin, device)
     check_dims("q", q, "[T, Hq, D]")
     check_dims("k", k, "[T, Hk, D]")
     tokens, _, head_dim = q.shape
@@ -235,7 +241,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         raise ValueError(
             f"cos: got shape {list(cos.shape)}; takes [{tokens}, {head_dim}] or [{tokens}, {head_dim // 2}]"
         )
-    check_shape("sin", sin, tuple(cos.shape), "the shape of cos")
+    check_shape("sin", sin, cos.shape, "the shape of cos")
     if sin.dtype != cos.dtype:
         raise ValueError(f"sin: got dtype {sin.dtype}; takes {cos.dtype}, the dtype of cos")
     check_constant("cos", cos)

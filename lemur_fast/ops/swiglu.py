@@ -52,11 +52,13 @@ def swiglu_backward_reference(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 
 def _rows(x: Tensor) -> Tensor:
     """``[rows, cols]`` with contiguous rows, however far apart; a view where the strides allow it."""
-    return unit_stride(x.reshape(-1, x.shape[-1]) if x.numel() and x.dim() else x.reshape(1, -1))
+    if x.dim() != 2 or not x.numel():
+        x = x.reshape(-1, x.shape[-1]) if x.numel() and x.dim() else x.reshape(1, -1)
+    return unit_stride(x)
 
 
 def _compiled_forward(gate: Tensor, up: Tensor) -> Tensor:
-    y = gate.new_empty(gate.shape)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gate, up = _rows(gate), _rows(up)
     if y.numel():
         kernels, where = _compiled.place(gate)
@@ -168,7 +170,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     check_float("gate", gate)
     check_float("up", up)
-    check_shape("up", up, tuple(gate.shape), "the shape of gate")
+    check_shape("up", up, gate.shape, "the shape of gate")
     check_device("up", up, gate.device)
     gate, up = to_autocast_dtype(gate, up)
     if up.dtype != gate.dtype:

@@ -33,13 +33,14 @@ def operator_calls(backend):
             (q, k, v, CU, CU, True, 3, 2.0, 0.25, backend),
         ],
         "cross_entropy": [(logits, labels, *options, stats, backend) for stats in (False, True)],
+        "cross_entropy_sum": [(logits, labels, *options, both, both, backend) for both in (False, True)],
         "linear_cross_entropy": [
             (hidden, head, None, labels, None, None, *options, False, backend),
             (hidden, head, bias, labels, rows, 2, *options, True, backend),
         ],
         "linear_cross_entropy_sum": [
-            (hidden, head, None, labels, None, None, None, *options, False, True, True, False, backend),
-            (hidden, head, bias, labels, rows, torch.rand(6), 2, *options, True, True, True, True, backend),
+            (hidden, head, None, labels, None, None, None, *options, True, False, True, True, False, backend),
+            (hidden, head, bias, labels, rows, torch.rand(6), 2, *options, True, True, True, True, True, backend),
         ],
     }
 

@@ -1,0 +1,73 @@
+"""What the losses ask of labels: which tokens train, and the sum of their losses."""
+
+import pytest
+import torch
+
+from lemur_fast._compiled import C
+from tests.csrc.raw import Output
+
+IGNORED = -100
+
+
+def trained_rows(labels_in, **change):
+    out = torch.full((labels_in.numel() + 1,), -7)
+    arguments = {"labels": labels_in.data_ptr(), "rows": labels_in.numel(), "vocab": 10, "ignore_index": IGNORED}
+    count = C.cpu.trained_rows(**arguments | {"out": out.data_ptr()} | change)
+    assert (out[count:] == -7).all(), "written past what is counted"
+    return out[:count]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 1000])
+def test_trained_rows_are_those_not_ignored_in_order(rows):
+    labels = torch.randint(0, 10, (rows,))
+    labels[torch.rand(rows) < 0.4] = IGNORED
+    assert torch.equal(trained_rows(labels), (labels != IGNORED).nonzero()[:, 0])
+    assert trained_rows(torch.full((rows,), IGNORED)).numel() == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, 10, 2**40])
+def test_a_label_outside_the_vocabulary_is_named(wrong):
+    labels = torch.tensor([IGNORED, 9, wrong, wrong])
+    with pytest.raises(ValueError, match=f"labels: got {wrong} at position 2; takes 0 to 9, or ignore_index -100"):
+        trained_rows(labels)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 5000])
+@pytest.mark.parametrize("count", [False, True])
+def test_sum_and_number_of_the_trained(rows, count):
+    loss, labels = torch.randint(-9, 9, (rows,)).float(), torch.randint(0, 2, (rows,)) * IGNORED
+    total, items = Output((1,), torch.float32), Output((1,), torch.float32)
+    C.cpu.sum_losses(
+        loss=loss.data_ptr(),
+        labels=labels.data_ptr(),
+        rows=rows,
+        ignore_index=IGNORED,
+        total=total.data_ptr(),
+        items=items.data_ptr() if count else 0,
+    )
+    assert total.written().item() == loss.sum().item()
+    if count:
+        assert items.written().item() == max(1, int((labels != IGNORED).sum()))
+    else:
+        assert items.written().isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": -1}, "rows: got -1"),
+        ({"labels": 0}, "labels: got a null pointer"),
+        ({"loss": 0}, "loss: got a null pointer"),
+        ({"total": 0}, "total: got a null pointer"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change, message):
+    loss, labels, total = torch.ones(2), torch.zeros(2, dtype=torch.int64), torch.empty(1)
+    arguments = {"loss": loss.data_ptr(), "labels": labels.data_ptr(), "total": total.data_ptr()}
+    arguments |= {"rows": 2, "ignore_index": IGNORED, "items": 0}
+    C.cpu.sum_losses(**arguments)
+    with pytest.raises(ValueError, match=message):
+        C.cpu.sum_losses(**arguments | change)
+    if "loss" not in change and "total" not in change:
+        with pytest.raises(ValueError, match=message):
+            trained_rows(labels, **change)
