@@ -88,7 +88,7 @@ TILES_WITH_OPTIONS = {
 """With a window or a softcap, where the tiles of the next larger head dimension, which else serve, would spill."""
 
 IN_FLOAT32 = {
-    16: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(16, 16, 1, 1)),
+    16: Tiles(Tile(16, 16, 1, 1), Tile(32, 64, 4, 1), Tile(16, 16, 1, 1)),
     32: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(16, 16, 1, 1)),
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
     128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
