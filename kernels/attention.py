@@ -92,7 +92,7 @@ IN_FLOAT32 = {
     32: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(16, 16, 1, 1)),
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
     128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
-    256: Tiles(Tile(16, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
+    256: Tiles(Tile(8, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 """For float32 inputs, on every architecture."""
 
@@ -114,7 +114,8 @@ def _without_idle_window(options: Options, key_tokens: int) -> Options:
 def tiles_for(q: Tensor, options: Options) -> Tiles:
     """The tiles for queries ``[T, Hq, D]``."""
     width = max(16, next_power_of_2(q.shape[2]))
-    wider = min(256, 2 * width) if width > 32 and (options.window or options.softcap) else width
+    spared = 64 if q.element_size() > 2 else 32  # heads that have registers left for options
+    wider = min(256, 2 * width) if width > spared and (options.window or options.softcap) else width
     if q.element_size() > 2:
         return IN_FLOAT32[wider]
     name = architecture(q)
