@@ -56,8 +56,8 @@ class Arguments:
     stages: tuple[int, ...] = (1, 2, 3)
     """Candidates: stages of the pipeline."""
     all_options: bool = False
-    """Leave out what spills without a causal mask, too; for heads up to 32 (float32: 64), and of 256, also with a window
-    or a softcap (others then take the tiles of larger ones)."""
+    """Leave out what spills without a causal mask, too; for heads up to 32 (float32: 64), and of 256, also with a
+    window or a softcap (others then take the tiles of larger ones)."""
     best: int = 6
     """How many of each kernel are shown."""
 
