@@ -56,8 +56,8 @@ class Arguments:
     stages: tuple[int, ...] = (1, 2, 3)
     """Candidates: stages of the pipeline."""
     all_options: bool = False
-    """Leave out what spills without a causal mask, too; for heads up to 32, and of 256, also with a window or a softcap
-    (others then take the tiles of larger ones)."""
+    """Leave out what spills without a causal mask, too; for heads up to 32 (float32: 64), and of 256, also with a
+    window or a softcap (others then take the tiles of larger ones)."""
     best: int = 6
     """How many of each kernel are shown."""
 
@@ -124,7 +124,7 @@ def _try(job: tuple[str, str, int, str, int, Tile, bool]) -> Candidate | None:
     with using(target, head_dim, dtype, tile):
         found = None
         for name in OPTIONS if all_options else ("causal",):
-            if name in ("softcap", "window") and 32 < head_dim <= 128:
+            if name in ("softcap", "window") and (64 if dtype == torch.float32 else 32) < head_dim <= 128:
                 continue
             launch = launch_of(kernel, target, head_dim, dtype, tokens, False, name)
             r = resources(launch.compiled)

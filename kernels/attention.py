@@ -89,11 +89,11 @@ TILES_WITH_OPTIONS = {
 """With a window or a softcap, where the tiles of the next larger head dimension, which else serve, would spill."""
 
 IN_FLOAT32 = {
-    16: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 2, 1), Tile(16, 16, 1, 1)),
+    16: Tiles(Tile(16, 16, 1, 1), Tile(32, 64, 4, 1), Tile(16, 16, 1, 1)),
     32: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(16, 16, 1, 1)),
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
     128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
-    256: Tiles(Tile(16, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
+    256: Tiles(Tile(8, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 """For float32 inputs, on every architecture."""
 
@@ -122,7 +122,8 @@ def tiles_for(q: Tensor, options: Options, measured: MeasuredTiles | None = None
     They are measured in 16 bits, in heads of 64 and wider, without a window and a softcap: those need registers.
     """
     width = max(16, next_power_of_2(q.shape[2]))
-    wider = min(256, 2 * width) if width > 32 and (options.window or options.softcap) else width
+    spared = 64 if q.element_size() > 2 else 32  # heads that have registers left for options
+    wider = min(256, 2 * width) if width > spared and (options.window or options.softcap) else width
     if q.element_size() > 2:
         return IN_FLOAT32[wider]
     if measured is not None and width >= 64 and not options.window and not options.softcap:
