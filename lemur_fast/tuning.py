@@ -322,12 +322,12 @@ def measure(key: Key, device: torch.device, seconds: float) -> Result:
 
 
 def measure_tiles(
-    head_dim: int, dtype: str, device: torch.device, seconds: float, *, size: str = "large"
+    head_dim: int, dtype: str, device: torch.device, seconds: float, report: Callable[[str], None]
 ) -> tuple[Tiles | None, list[str]]:
     """Tiles of attention in Triton that beat the table's on this device, and why some could not be measured.
 
     One product after the other, since each has a kernel of its own: the forward's is timed in forwards, the two of the
-    backward in whole calls.
+    backward in whole calls. `report` is told of each when its race is over.
 
     Returns:
         The tiles, None where the table's stand; and why others were not timed.
@@ -346,7 +346,7 @@ def measure_tiles(
             name: Runner(lambda found=found: _with_tiles(device, head_dim, found))  # type: ignore[misc]
             for name, found in candidates.items()
         }
-        key = Key("attention", dtype, direction, size, head_dim)
+        key = Key("attention", dtype, direction, "large", head_dim)
         race(
             _prepared(key, device),
             runners,
@@ -357,6 +357,7 @@ def measure_tiles(
         )
         notes += [_note(key, name, runner) for name, runner in runners.items() if runner.failure]
         best = candidates[ranked(runners)[0]]
+        report(f"tiles of attention, head_dim {head_dim}, {product}")
     return (
         None if best == shipped else tuple((tile.own, tile.walked, tile.num_warps, tile.num_stages) for tile in best)
     ), notes
@@ -386,20 +387,23 @@ def tune(device: torch.device, chosen_ops: Sequence[str], dtypes: Sequence[str],
     halves = [dtype for dtype in dtypes if dtype != "float32"]
     sweep = "attention" in chosen_ops and device.type == "cuda" and _triton.refuses(device, torch.bfloat16) is None
     head_dims = TUNED_HEAD_DIMS if sweep and halves else ()
-    with tqdm(total=len(todo) + len(head_dims), unit="race", disable=None) as bar:
+    races = 3 * len(head_dims) + len(todo)
+    with tqdm(desc="starting", total=races, unit="race", disable=None) as bar:
+
+        def report(done: str) -> None:
+            bar.set_description(done, refresh=False)
+            bar.update()
+
         for head_dim in head_dims:
-            bar.set_description(f"tiles of attention, head_dim {head_dim}")
-            found, why = measure_tiles(head_dim, halves[0], device, seconds)
+            found, why = measure_tiles(head_dim, halves[0], device, seconds, report)
             if found is not None:
                 tiles[head_dim] = found
             notes |= dict.fromkeys(why)
-            bar.update()
         results = []
         with preferences.using(device, preferences.Table(tiles=tiles)):
             for key in todo:
-                bar.set_description(_name(key))
                 results.append(measure(key, device, seconds))
-                bar.update()
+                report(_name(key))
     path = preferences.save(device, {result.key: result.order for result in results}, tiles)
     for result in results:
         notes |= dict.fromkeys(result.notes)

@@ -54,6 +54,7 @@ def test_the_triton_backend_hands_measured_tiles_to_the_kernels(monkeypatch):
 @pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1, which runs the kernels here")
 def test_tiles_are_raced_against_their_neighbours(monkeypatch):
     """In Triton's interpreter, with a clock that likes tiles of 32."""
+    told: list[str] = []
     monkeypatch.setattr(tuning, "TOKENS", {"large": 32})
     monkeypatch.setattr(tuning, "HEADS", 1)
     monkeypatch.setattr(tuning, "WIDTH", 64)
@@ -66,6 +67,7 @@ def test_tiles_are_raced_against_their_neighbours(monkeypatch):
         return 1.0 - 0.1 * sum(tile[1] == 32 for tile in tiles)
 
     monkeypatch.setattr(tuning, "_time", time)
-    tiles, notes = tuning.measure_tiles(64, "float16", CPU, 0.1)
+    tiles, notes = tuning.measure_tiles(64, "float16", CPU, 0.1, told.append)
+    assert [text.split()[-1] for text in told] == ["forward", "dkdv", "dq"]
     assert tiles == ((64, 32, 8, 2),) * 3
     assert [note.split(": ")[1].split()[0] for note in notes] == ["forward", "dkdv", "dq"]  # 48 is no power of 2
