@@ -1,11 +1,14 @@
-"""``python -m lemur_fast`` prints what a bug report needs.
+"""What can be asked of the installed package.
 
-Versions, the CPU and its features, GPUs and their driver, how the compiled part was built, and `explain`.
+python -m lemur_fast          # what a bug report needs: versions, CPU, GPUs, how it was built, who serves each op
+python -m lemur_fast tune     # measures which backend is the fastest on this machine, and remembers it
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ from pathlib import Path
 import torch
 
 import lemur_fast
-from lemur_fast import _compiled
+from lemur_fast import _compiled, preferences, tuning
 from lemur_fast._devices import cpu_model
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "accelerate", "peft", "trl")
@@ -94,7 +97,99 @@ def report() -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
+def _device(text: str) -> torch.device:
+    """The device that ``--device`` names."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: got {text!r}; takes cpu, cuda, or cuda and a number, as in cuda:1")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device: got {text!r}; torch finds {count} GPUs here")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """The names in a list with commas; each once, in the order of `known`."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: got {name!r}; takes {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ValueError(f"--seconds: got {text!r}; takes a positive number")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lemur_fast",
+        description="Without a command: prints what a bug report needs (versions, CPU, GPUs, how the compiled part was "
+        "built) and which backend serves each op, and why.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    command = commands.add_parser(
+        "tune",
+        help="measure which backend is the fastest on this machine, and remember it",
+        description="Times every backend of every op on your device, forward alone and with its backward, at LLaMA-2's "
+        "widths in small, medium and large calls, and on a GPU the tiles of attention. The winners are kept for this "
+        f"model of device in {preferences.folder()} and serve from the next start on; plain torch is always among "
+        "those timed. Takes a few minutes: leave the device alone meanwhile.",
+    )
+    command.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:1 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--ops",
+        default=",".join(preferences.OPS),
+        metavar="OP,OP",
+        help="ops to measure; the others keep what they have (default: %(default)s)",
+    )
+    command.add_argument(
+        "--dtypes",
+        default="bfloat16",
+        metavar="DTYPE,DTYPE",
+        help=f"dtypes of the inputs, of {', '.join(preferences.DTYPES)} (default: %(default)s)",
+    )
+    command.add_argument(
+        "--seconds",
+        default="0.5",
+        help="budget for timing one backend in one call; more is steadier (default: %(default)s)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command that the arguments give."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        print(report())
+        print()
+        lemur_fast.explain()
+        return
+    try:
+        device = _device(given.device)
+        chosen_ops = _names("--ops", given.ops, preferences.OPS)
+        dtypes = _names("--dtypes", given.dtypes, preferences.DTYPES)
+        seconds = _seconds(given.seconds)
+    except ValueError as error:
+        parser.exit(2, f"python -m lemur_fast tune: {error}\n")
+    print(tuning.tune(device, chosen_ops, dtypes, seconds))
+
+
 if __name__ == "__main__":
-    print(report())
-    print()
-    lemur_fast.explain()
+    main()

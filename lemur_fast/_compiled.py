@@ -136,6 +136,6 @@ def refuses_cpu(device: torch.device, dtype: torch.dtype, **traits: object) -> s
 
 def _refuses_dtypes(dtype: torch.dtype, traits: dict[str, object]) -> str | None:
     for value in (dtype, *traits.values()):
-        if isinstance(value, torch.dtype) and value not in _CODES:
+        if type(value) is torch.dtype and value not in _CODES:
             return f"takes float32, bfloat16 and float16, not {value}"
     return None

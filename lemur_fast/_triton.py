@@ -58,7 +58,7 @@ def refuses(device: torch.device, dtype: torch.dtype, **traits: object) -> str |
     if device.type == "cuda" and torch.version.cuda and capability(device)[0] < 8:
         return "needs compute capability 8.0 or newer"
     for value in (dtype, *traits.values()):
-        if isinstance(value, torch.dtype) and value not in _DTYPES:
+        if type(value) is torch.dtype and value not in _DTYPES:
             return f"takes float32, bfloat16 and float16, not {value}"
     return None
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lemur_fast import preferences
-from lemur_fast.preferences import BACKENDS
+from lemur_fast.preferences import BACKENDS, orders_for, pick
 
 
 class BackendError(RuntimeError):
@@ -124,10 +124,9 @@ def use_backend(*names: str) -> Iterator[None]:
 
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether a call on these tensors will be differentiated, as far as can be known."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return True
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return torch.is_grad_enabled()
     return False
 
 
@@ -155,12 +154,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, elements: int, wan
     """
     order = _requested
     if order is None:
-        orders = preferences.orders_for(op, device, dtype, wants_grad)
-        order = preferences.pick(orders, elements, traits.get("head_dim", 0))
+        order = pick(orders_for(op, device, dtype, wants_grad), elements, traits)
     traits["wants_grad"] = wants_grad
     backends = _registry[op]
     for name in order:
-        if name in backends and backends[name].refuse(device, dtype, **traits) is None:
+        backend = backends.get(name)
+        if backend is not None and backend.refuse(device, dtype, **traits) is None:
             return name
     reasons = "; ".join(f"{name}: {_reason(op, name, device, dtype, traits)}" for name in order)
     raise BackendError(f"{op} on {device.type} in {dtype}: no backend of those asked for can serve it ({reasons})")
@@ -191,7 +190,7 @@ def _line(op: str, order: tuple[str, ...], device: torch.device, dtype: torch.dt
 
 def _classes(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """(name, order, whether gradients are wanted) of each class of calls that has an order of its own."""
-    by_direction = [preferences.orders_for(op, device, dtype, wanted) for wanted in (False, True)]
+    by_direction = [orders_for(op, device, dtype, wanted) for wanted in (False, True)]
     for wanted, orders in enumerate(by_direction):
         direction = "" if by_direction[0] == by_direction[1] else preferences.DIRECTIONS[wanted]
         if not direction and not wanted:

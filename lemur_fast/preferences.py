@@ -170,11 +170,13 @@ def orders_for(op: str, device: torch.device, dtype: torch.dtype, wants_grad: bo
     return orders
 
 
-def pick(orders: Orders, elements: int, head_dim: Any) -> Order:
+def pick(orders: Orders, elements: int, traits: dict[str, Any]) -> Order:
     """The order for a shape; looks at the numbers only where they make a difference."""
     sizes = orders[0]
-    if len(orders) > 1 and head_dim > HEAD_DIMS[0]:
-        sizes = orders[1] if head_dim <= HEAD_DIMS[1] else orders[2]
+    if len(orders) > 1:
+        head_dim = traits["head_dim"]
+        if head_dim > HEAD_DIMS[0]:
+            sizes = orders[1] if head_dim <= HEAD_DIMS[1] else orders[2]
     if len(sizes) == 1 or elements < MEDIUM:
         return sizes[0]
     return sizes[1] if elements < LARGE else sizes[2]
