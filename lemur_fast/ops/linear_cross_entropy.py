@@ -16,7 +16,9 @@ Source of the idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Languag
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -254,14 +256,15 @@ def _cpu_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-# ---- GPU: products by cuBLAS, the rest of a chunk in one Triton kernel -----------------------------------------------
+# ---- GPU: products by cuBLAS, the rest of a chunk in one kernel ------------------------------------------------------
 
 _GPU_CHUNK_LOGITS = 2**27
 """Logits held at a time: 256 MiB in 16 bits, 4,096 rows of 32,000. The products of chunks much smaller than that do not
 fill a GPU."""
 
 
-def _triton_run(
+def _gpu_run(
+    token_loss: Callable[..., TokenLoss],
     layer: Layer,
     labels: Tensor,
     rows: Tensor | None,
@@ -277,7 +280,7 @@ def _triton_run(
     tokens, vocab = hidden.shape[0], weight.shape[0]
     gradients = _empty_gradients(layer, wanted)
     if rows is not None:
-        return _triton_run_of_rows(layer, labels, rows, options, want_stats, dloss, wanted, chunk_tokens)
+        return _gpu_run_of_rows(token_loss, layer, labels, rows, options, want_stats, dloss, wanted, chunk_tokens)
     losses = empty_token_loss(hidden, tokens, want_stats)
     most = chunk_tokens or max(1024, _GPU_CHUNK_LOGITS // vocab)
     count = max(1, -(-tokens // most))
@@ -292,7 +295,7 @@ def _triton_run(
             torch.addmm(bias, hidden_rows, weight.T, out=logits)
         dlogits = logits if any(wanted) else None
         chunk_dloss = None if dloss is None else dloss[chunk].float()
-        parts = triton_token_loss(logits, labels[chunk], options, want_stats, chunk_dloss, dlogits)
+        parts = token_loss(logits, labels[chunk], options, want_stats, chunk_dloss, dlogits)
         for whole, values in zip(losses, parts, strict=True):
             if whole.numel():
                 whole[chunk] = values
@@ -306,15 +309,23 @@ def _triton_run(
     return losses, gradients
 
 
-def _triton_run_of_rows(
-    layer: Layer, labels: Tensor, rows: Tensor, options: LossOptions, want_stats: bool, *arguments: Any
+def _gpu_run_of_rows(
+    token_loss: Callable[..., TokenLoss],
+    layer: Layer,
+    labels: Tensor,
+    rows: Tensor,
+    options: LossOptions,
+    want_stats: bool,
+    dloss: Tensor | None,
+    wanted: Wanted,
+    chunk_tokens: int | None,
 ) -> tuple[TokenLoss, Gradients]:
-    """`_triton_run` on `rows` alone, with its results put where they belong: those of padding in a row too many."""
-    dloss, wanted, chunk_tokens = arguments
+    """`_gpu_run` on `rows` alone, with its results put where they belong: those of padding in a row too many."""
+    run = functools.partial(_gpu_run, token_loss)
     hidden, weight, bias = layer
     tokens = hidden.shape[0]
     if tokens == 0:  # all rows are padding
-        return _triton_run(layer, labels, None, options, want_stats, dloss, wanted, chunk_tokens)
+        return run(layer, labels, None, options, want_stats, dloss, wanted, chunk_tokens)
     inside = (rows >= 0) & (rows < tokens)
     source = torch.where(inside, rows, 0).long()
     target = torch.where(inside, rows, tokens).long()
@@ -325,7 +336,7 @@ def _triton_run_of_rows(
     target = torch.where(inside, target, tokens)
     chosen = torch.where(inside, labels[source], options.ignore_index)
     chosen_dloss = None if dloss is None else dloss[source]
-    losses, gradients = _triton_run(
+    losses, gradients = run(
         Layer(hidden[source], weight, bias), chosen, None, options, want_stats, chosen_dloss, wanted, chunk_tokens
     )
 
@@ -349,7 +360,20 @@ def _add_wide_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -
 
 
 register_backend("linear_cross_entropy", "cpu", refuse=_compiled.refuses_cpu, run=_cpu_run, scale=_cpu_scale)
-register_backend("linear_cross_entropy", "triton", refuse=_triton.refuses, run=_triton_run, scale=_reference_scale)
+register_backend(
+    "linear_cross_entropy",
+    "cuda",
+    refuse=_compiled.refuses_cuda,
+    run=functools.partial(_gpu_run, compiled_token_loss),
+    scale=_reference_scale,
+)
+register_backend(
+    "linear_cross_entropy",
+    "triton",
+    refuse=_triton.refuses,
+    run=functools.partial(_gpu_run, triton_token_loss),
+    scale=_reference_scale,
+)
 register_backend("linear_cross_entropy", "reference", refuse=serves_any, run=_reference_run, scale=_reference_scale)
 
 # ---- registration and autograd ---------------------------------------------------------------------------------------
