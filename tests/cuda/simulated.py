@@ -147,19 +147,24 @@ def module() -> ModuleType:
 
 
 @functools.cache
-def ptx_of(name: str) -> str:
-    """The module that has the entry of this mangled name."""
-    return next(text for text in _modules() if f".entry {name}(" in text)
-
-
-@functools.cache
 def _modules() -> list[str]:
     return [path.read_text() for path in sorted(build().glob("*.ptx"))]
 
 
-@functools.lru_cache(maxsize=256)
-def _decoded(ptx: str, name: str) -> Kernel:
-    return Kernel(ptx, name)
+@functools.cache
+def alone(entry: str) -> str:
+    """The module that has an entry of this mangled name, without its other entries."""
+    module = next(text for text in _modules() if f".entry {entry}(" in text)
+    starts = [m.start() for m in re.finditer(r"^(?:\.visible |\.weak )?\.entry ", module, re.MULTILINE)]
+    start = next(at for at in starts if module[at:].split(".entry ", 1)[1].startswith(f"{entry}("))
+    length = module[start:].index("\n}\n") + 3
+    files = re.findall(r"^\s*\.file.*$", module, re.MULTILINE)
+    return "\n".join([module[: starts[0]], module[start : start + length], *files])
+
+
+@functools.cache
+def _decoded(entry: str) -> Kernel:
+    return Kernel(alone(entry), entry)
 
 
 @functools.cache
@@ -202,12 +207,12 @@ class CudaLaunch:
 
     @property
     def ptx(self) -> str:
-        """The module of the kernel."""
-        return ptx_of(self.entry)
+        """The kernel alone, as a module."""
+        return alone(self.entry)
 
     def execute(self, ptx: str | None = None, most_steps: int = 20_000_000) -> Counts:
         """Runs it on the tensors that it was launched with; `ptx` in place of what was compiled."""
-        kernel = _decoded(self.ptx, self.entry) if ptx is None else Kernel(ptx, self.entry)
+        kernel = _decoded(self.entry) if ptx is None else Kernel(ptx, self.entry)
         arrays = {k: _array(v) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
         return kernel.launch(self.grid, self.block, arrays, self.shared, most_steps)
 
@@ -274,7 +279,7 @@ def simulated(
     def on_launch(name: bytes, sizes: Any, values: Any, shared: int, on: int | None, current: int) -> int:
         try:
             entry = name.decode()
-            declared = _decoded(ptx_of(entry), entry).program.parameters
+            declared = _decoded(entry).program.parameters
             arguments: dict[str, Any] = {}
             for i, (name_of, parameter) in enumerate(
                 zip(parameters(nvcc.plain(entry).split("<")[0]), declared, strict=True)

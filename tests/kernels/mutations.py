@@ -24,6 +24,7 @@ KINDS = {
     "guard removed": "the predicate of an access to global memory, or the size of a copy",
     "mask widened": "lt becomes le, gt becomes ge, and so on, where it guards an access or masks a value: all that "
     "come of one comparison of the source, because each by itself matters only to sizes of one residue",
+    "branch widened": "the same where a comparison decides a branch: CUDA C++ has its guards there",
     "factor of an address": "a shift or factor that an address is computed with",
     "offset of an address": "a constant that is added to an address",
     "neighbouring parameter": "a whole number is read from the parameter beside it",
@@ -95,9 +96,12 @@ class _Program:
         self.instructions: list[_Line] = []
         self.writers: dict[str, list[_Line]] = {}
         place = source = ""
+        files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', ptx))
         for number, text in enumerate(self.lines, 1):
             if m := re.match(r"\s*\.loc\s+\d+ \d+ \d+.*// (\w+\.py:\d+)", text):
                 place, source = text.strip(), m[1]
+            elif m := re.match(r"\s*\.loc\s+(\d+) (\d+) \d+", text):  # nvcc's, without a comment
+                place, source = text.strip(), f"{files.get(m[1], '')}:{m[2]}"
             m = _INSTRUCTION.fullmatch(text)
             if not m or text.lstrip().startswith("."):
                 continue
@@ -115,7 +119,9 @@ class _Program:
             if not any("commit" in after.opcode for after in waits[at + 1 : at + 2])
         }
         self.addresses = self._behind(self._addressed(), ("add", "sub", "shl", "mul", "mad", "or", "xor", "and", "cvt"))
-        self.guards = self._behind(self._guarding(), ("and.pred", "or.pred", "not.pred", "xor.pred", "mov.pred"))
+        logic = ("and.pred", "or.pred", "not.pred", "xor.pred", "mov.pred")
+        self.guards = self._behind(self._guarding(), logic)
+        self.branches = self._behind(self._branching(), logic) - self.guards
 
     def _addressed(self) -> set[str]:
         """Registers in the brackets of an access."""
@@ -126,6 +132,10 @@ class _Program:
         for access in accesses:
             found.update(r for bracket in re.findall(r"\[([^\]]*)\]", access.text) for r in _REGISTER.findall(bracket))
         return found
+
+    def _branching(self) -> set[str]:
+        """Predicates that decide a branch."""
+        return {r for x in self.instructions if x.opcode.startswith("bra") for r in _REGISTER.findall(x.guard)}
 
     def _guarding(self) -> set[str]:
         """Predicates that guard an access to global memory, or choose between a value and a constant."""
@@ -188,6 +198,8 @@ def _changes(x: _Line, program: _Program) -> Iterator[tuple[str, str]]:
         yield "guard removed", x.with_(o3=x.operands[2])
     if (wider := _wider(x.opcode)) and x.operands[0] in program.guards:
         yield "mask widened", x.with_(opcode=wider)
+    if wider and x.operands[0] in program.branches:
+        yield "branch widened", x.with_(opcode=wider)
     if x.operands and x.operands[0] in program.addresses:
         if re.fullmatch(r"shl\.b(32|64)", x.opcode) and x.operands[2].isdigit():
             yield "factor of an address", x.with_(o2=str(int(x.operands[2]) + 1))
@@ -241,12 +253,12 @@ Place = list[tuple[_Line, str]]
 
 def _places(program: _Program) -> dict[str, list[Place]]:
     places: dict[str, list[Place]] = {kind: [] for kind in KINDS}
-    compared: dict[tuple[str, str], Place] = {}
+    compared: dict[tuple[str, str, str], Place] = {}
     for line in program.instructions:
         for kind, after in _changes(line, program):
-            if kind != "mask widened":
+            if kind not in ("mask widened", "branch widened"):
                 places[kind].append([(line, after)])
-            elif (key := (line.place, line.opcode)) in compared:
+            elif (key := (kind, line.place, line.opcode)) in compared:
                 compared[key].append((line, after))
             else:
                 compared[key] = [(line, after)]

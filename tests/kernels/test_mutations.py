@@ -8,6 +8,7 @@ no valid program (`Unsupported`) does not count at all.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ import triton
 from torch import Tensor
 
 from benchmarks.ahead_of_time import Launch, recording
-from lemur_fast.kernels import attention, common, cross_entropy, rms_norm, rotary, swiglu
+from benchmarks.gpu_static import TRITON, Kernels
+from lemur_fast.kernels import attention, rms_norm
 from tests.conftest import INTERPRETING
 from tests.criterion import assert_as_good
+from tests.cuda.simulated import CudaLaunch
 from tests.dense import bounds
 from tests.kernels.mutations import KINDS, Mutant, mutants
 from tests.kernels.test_rows import losses, norm_gradients, rotated, rows_of
@@ -52,22 +55,54 @@ class Trial:
     kernel: str
     outputs: tuple[str, ...]
     check: Callable[[Arguments], None]
-    launch: Launch
+    launch: Launch | CudaLaunch
+
+    @property
+    def ptx(self) -> str:
+        """The program."""
+        return self.launch.ptx if isinstance(self.launch, CudaLaunch) else self.launch.compiled.asm["ptx"]
+
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        if isinstance(self.launch, CudaLaunch):
+            return math.prod(self.launch.block) // 32
+        return self.launch.compiled.metadata.num_warps
+
+    def execute(self, ptx: str | None, most_steps: int) -> Counts:
+        """Runs a program in place of the launch's own, on its tensors."""
+        if isinstance(self.launch, CudaLaunch):
+            return self.launch.execute(ptx, most_steps)
+        return execute(self.launch, ptx, most_steps)
 
 
 # ---- what is launched ------------------------------------------------------------------------------------------------
 # Sizes are no multiples of blocks, strides differ from each other, and every loop turns more than once.
 
 
-def norm_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
-    rows, cols = [(17, 300), (41, 492)][sizes]
-    x, residual, dy, dh = (rows_of(rows, cols, torch.bfloat16, 1, apart)[0] for apart in (8, 18, 28, 38))
+def norm_trials(
+    kernels: Kernels,
+    architecture: str,
+    launches: list,
+    sizes: int,
+    shapes: tuple[tuple[int, int], ...] = ((17, 300), (41, 492)),
+    strides: tuple[int, ...] = (8, 18, 28, 38),
+) -> list[Trial]:
+    rows, cols = shapes[sizes]
+    x, residual, dy, dh = (rows_of(rows, cols, torch.bfloat16, 1, apart)[0] for apart in strides)
     weight = torch.randn(cols).bfloat16()
-    _, h, rstd = (result.clone() for result in rms_norm.forward(x, residual, weight, 1e-5))
-    with common.pretending(architecture, 2):
-        rms_norm.backward(dy, dh, h, weight, rstd, True)
-    many = torch.randn([33, 61][sizes], cols)
-    rms_norm.sum_rows(many)
+    _, h, rstd = (result.clone() for result in kernels.rms_norm.forward(x, residual, weight, 1e-5))
+    with kernels.processors(architecture, 2):
+        kernels.rms_norm.backward(dy, dh, h, weight, rstd, True)
+    if kernels is TRITON:
+        many = torch.randn([33, 61][sizes], cols)
+        rms_norm.sum_rows(many)
+    else:  # whose sum is a part of the backward: as many parts as can be had of these rows
+        ones = torch.ones([200, 260][sizes], cols)
+        with kernels.processors(architecture, len(ones)):
+            kernels.rms_norm.backward(ones, None, ones, weight.float(), torch.ones(len(ones)), True)
+        of_sum = launches[-1].arguments
+        many = of_sum["x"].copy_(torch.randn(of_sum["x"].shape))[: of_sum["rows"]]
     exact = (h.double().square().mean(-1) + 1e-5).rsqrt()
     stock_dx, exact_dx = (
         norm_gradients(*tensors)[0]
@@ -92,21 +127,29 @@ def norm_trials(architecture: str, launches: list[Launch], sizes: int) -> list[T
     return [
         Trial("rms_norm forward", ("y", "h", "rstd"), forward, launches[0]),
         Trial("rms_norm backward", ("dx", "partial"), backward, launches[1]),
-        Trial("rms_norm sum of rows", ("total",), total, launches[3]),
+        Trial("rms_norm sum of rows", ("total",), total, launches[-1]),
     ]
 
 
-def cross_entropy_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
+def cross_entropy_trials(
+    kernels: Kernels,
+    architecture: str,
+    launches: list,
+    sizes: int,
+    widths: tuple[int, ...] = (4107, 8001),
+    apart: tuple[int, int] = (9, 11),
+) -> list[Trial]:
     """A row whose exponentials overflow unless its maximum is taken off, labels from nowhere, and ordinary rows."""
     options = {"ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 60.0}
-    cols = [4107, 8001][sizes]
+    cols = widths[sizes]
     spread = torch.tensor([70.0, 4.0, 4.0, 15.0, 4.0, 4.0])[:, None]
-    logits, dlogits = (spread * torch.randn(6, cols + 9))[:, :cols], torch.empty(6, cols + 11)[:, :cols]
+    logits, dlogits = (spread * torch.randn(6, cols + apart[0]))[:, :cols], torch.empty(6, cols + apart[1])[:, :cols]
     # Many of the largest where the softcap's polynomial has its last terms.
     logits[3] = torch.where(torch.rand(cols) < 1 / 40, 33 + 2 * torch.randn(cols), -50.0)
     labels, dloss = torch.tensor([5, -100, 0, cols - 1, -1, cols]), torch.randn(6)
-    _, lse, *_ = (result.clone() for result in cross_entropy.forward(logits, labels, True, dloss, dlogits, **options))
-    cross_entropy.backward(dloss, logits, labels, lse, **options)
+    forward_of = kernels.cross_entropy.forward
+    _, lse, *_ = (result.clone() for result in forward_of(logits, labels, True, dloss, dlogits, **options))
+    kernels.cross_entropy.backward(dloss, logits, labels, lse, **options)
     known = labels.clamp(-100, cols - 1).where(labels != -1, 0)
     stock = losses(logits, known, dloss, **options)
     exact = losses(logits.double(), known, dloss.double(), **options)
@@ -137,15 +180,22 @@ def cross_entropy_trials(architecture: str, launches: list[Launch], sizes: int) 
     ]
 
 
-def swiglu_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
-    cols = [2051, 4091][sizes]
-    dy, gate, up = (rows_of(3, cols, torch.bfloat16, 1, apart)[0] for apart in (1, 2, 3))
+def swiglu_trials(
+    kernels: Kernels,
+    architecture: str,
+    launches: list,
+    sizes: int,
+    widths: tuple[int, ...] = (2051, 4091),
+    strides: tuple[int, ...] = (1, 2, 3),
+) -> list[Trial]:
+    cols = widths[sizes]
+    dy, gate, up = (rows_of(3, cols, torch.bfloat16, 1, apart)[0] for apart in strides)
 
     def formula(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
         return torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), dy)
 
-    swiglu.backward(dy, gate, up)
+    kernels.swiglu.backward(dy, gate, up)
     stock, exact = formula(gate, up, dy), formula(gate.double(), up.double(), dy.double())
 
     def check(got: Arguments) -> None:
@@ -155,11 +205,18 @@ def swiglu_trials(architecture: str, launches: list[Launch], sizes: int) -> list
     return [Trial("swiglu backward", ("dgate", "dup"), check, launches[0])]
 
 
-def rotary_trials(architecture: str, launches: list[Launch], sizes: int) -> list[Trial]:
-    tokens = [5, 8][sizes]
-    q, k = torch.randn(tokens, 7, 96).bfloat16()[..., :80], torch.randn(tokens, 3, 112).bfloat16()[..., :80]
+def rotary_trials(
+    kernels: Kernels,
+    architecture: str,
+    launches: list,
+    sizes: int,
+    shapes: tuple[tuple[int, int, int], ...] = ((5, 7, 3), (8, 7, 3)),
+) -> list[Trial]:
+    tokens, q_heads, k_heads = shapes[sizes]
+    q = torch.randn(tokens, q_heads, 96).bfloat16()[..., :80]
+    k = torch.randn(tokens, k_heads, 112).bfloat16()[..., :80]
     cos, sin = torch.randn(tokens, 96).bfloat16()[:, :80], torch.randn(tokens, 112).bfloat16()[:, :80]
-    rotary.rotate(q, k, cos, sin, False, torch.bfloat16, True)
+    kernels.rotary.rotate(q, k, cos, sin, False, torch.bfloat16, True)
     stock = {f"{name}_out": rotated(x, cos, sin, False, True) for name, x in (("q", q), ("k", k))}
     exact = {f"{name}_out": rotated(x, cos.double(), sin.double(), False, True) for name, x in (("q", q), ("k", k))}
 
@@ -193,7 +250,9 @@ def attended(
     return {name: x.to(q.dtype) for name, x in exact.items()} | {"lse": lse, "delta": delta}
 
 
-def attention_trials(architecture: str, launches: list[Launch], sizes: int, forward_alone: bool = False) -> list[Trial]:
+def attention_trials(
+    kernels: Kernels, architecture: str, launches: list, sizes: int, forward_alone: bool = False
+) -> list[Trial]:
     """Head dimension 64, causal: an empty document, shorter and longer ones than a tile, and a tail of NaN.
 
     Or no tail, and a last document that ends within a tile, or one shorter than any block. The scores of one head
@@ -254,11 +313,11 @@ def trials_of(op: str, architecture: str) -> list[list[Trial]]:
     for sizes in range(3 if op.startswith("attention") else 2):
         torch.manual_seed(0)
         with recording(architecture, execute) as launches:
-            found.append(OPS[op](architecture, launches, sizes))
+            found.append(OPS[op](TRITON, architecture, launches, sizes))
     by_kernel = [list(trials) for trials in zip(*found, strict=True)]
     for first, *others in by_kernel:
         for other in others:
-            assert first.launch.compiled.asm["ptx"] == other.launch.compiled.asm["ptx"], first.kernel
+            assert first.ptx == other.ptx, first.kernel
     return by_kernel
 
 
@@ -282,8 +341,7 @@ class Bench:
         self.tensors = {name: v for name, v in trial.launch.arguments.items() if isinstance(v, Tensor)}
         self.before = {name: v.clone() for name, v in self.tensors.items()}
         counts = self.run(None, 20_000_000)
-        warps = trial.launch.compiled.metadata.num_warps
-        self.most_steps = 4 * sum(counts.instructions.values()) // warps
+        self.most_steps = 4 * sum(counts.instructions.values()) // trial.warps
 
     def restore(self) -> None:
         """Gives all tensors the values that they had: other launches may read what this one writes."""
@@ -296,14 +354,16 @@ class Bench:
         for name in self.trial.outputs:
             v = self.tensors[name]
             v.fill_(float("nan")) if v.is_floating_point() else v.view(torch.uint8).fill_(0xEE)
-        counts = execute(self.trial.launch, ptx, most_steps)
+        counts = self.trial.execute(ptx, most_steps)
         self.trial.check(self.tensors)
         return counts
 
 
-def mutants_of(trials: list[Trial], kinds: Callable[[str], bool] = lambda kind: True) -> list[Mutant]:
-    """The mutants of a kernel that are tried."""
-    return mutants(trials[0].launch.compiled.asm["ptx"], 6, kinds, SYNCHRONISATION)
+def mutants_of(
+    trials: list[Trial], kinds: Callable[[str], bool] = lambda kind: kind != "branch widened"
+) -> list[Mutant]:
+    """The mutants of a kernel that are tried. Branches are left alone where, as in Triton's, masks are the guards."""
+    return mutants(trials[0].ptx, 6, kinds, SYNCHRONISATION)
 
 
 def outcomes(trials: list[Trial], made: list[Mutant]) -> Iterator[Outcome]:

@@ -1,0 +1,32 @@
+"""Broken machine code of ``csrc/cuda`` is noticed: mutants of what nvcc makes, judged as Triton's are.
+
+``python -m pytest -m "" tests/cuda/test_mutations.py`` tests; ``python -m tests.cuda.test_mutations`` prints the score.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks.gpu_static import CUDA
+from tests.conftest import INTERPRETING
+from tests.cuda.simulated import simulated
+from tests.kernels import test_mutations as judged
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
+    pytest.mark.skipif(INTERPRETING, reason="mutates machine code, which the interpreter has none of"),
+]
+
+# Sizes for the kernels that move 16 bytes at a time: strides differ, the last packs of a row are not all there, loops
+# turn more than once.
+OPS = {
+    "rms_norm": functools.partial(judged.norm_trials, shapes=((23, 1048), (41, 2056)), strides=(8, 16, 24, 32)),
+    "cross_entropy": functools.partial(judged.cross_entropy_trials, widths=(8308, 12_404), apart=(12, 0)),
+    "swiglu": functools.partial(judged.swiglu_trials, widths=(2056, 8104), strides=(8, 16, 24)),
+    "rotary": functools.partial(judged.rotary_trials, shapes=((3, 120, 60), (40, 7, 3))),
+}
