@@ -304,12 +304,13 @@ constexpr int kSumColumns = 32, kSumThreads = 256;  // of a block
 template <int kSize>
 __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const float* __restrict__ x, float* __restrict__ total, int64_t rows, int cols) {
-  __shared__ alignas(16) float sums[kSumThreads / (kSumColumns / kSize)][kSumColumns];
+  constexpr int kGroups = kSumThreads / (kSumColumns / kSize);  // blockDim.y
+  __shared__ alignas(16) float sums[kGroups][kSumColumns];
   const int first = threadIdx.x * kSize, col = blockIdx.x * kSumColumns + first;
   auto sum = zeros<float, kSize>();
   if (col < cols) {
 #pragma unroll 4
-    for (int64_t row = threadIdx.y; row < rows; row += blockDim.y) {
+    for (int64_t row = threadIdx.y; row < rows; row += kGroups) {
       const auto pack = load_pack<kSize>(x + row * cols + col);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) sum.values[i] += pack.values[i];
@@ -320,7 +321,8 @@ __global__ void __launch_bounds__(kSumThreads)
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, own = blockIdx.x * kSumColumns + thread;
   if (thread >= kSumColumns || own >= cols) return;
   float all = 0.f;
-  for (int group = 0; group < blockDim.y; ++group) all += sums[group][thread];
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) all += sums[group][thread];
   total[own] = all;
 }
 
