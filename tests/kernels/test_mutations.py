@@ -98,7 +98,7 @@ def norm_trials(
         many = torch.randn([33, 61][sizes], cols)
         rms_norm.sum_rows(many)
     else:  # whose sum is a part of the backward: as many parts as can be had of these rows
-        ones = torch.ones(260, cols)
+        ones = torch.ones(250, cols)
         with kernels.processors(architecture, len(ones)):
             kernels.rms_norm.backward(ones, None, ones, weight.float(), torch.ones(len(ones)), True)
         of_sum = launches[-1].arguments
@@ -119,7 +119,7 @@ def norm_trials(
 
     def backward(got: Arguments) -> None:
         assert_as_good("dx", got["dx"], stock_dx, exact_dx, floor=2**-20)
-        assert_as_good("dw", got["partial"].sum(0), stock_dw, exact_dw, floor=2**-16)
+        assert_as_good("dw", got["partial"][: launches[1].grid[0]].sum(0), stock_dw, exact_dw, floor=2**-16)
 
     def total(got: Arguments) -> None:
         assert_as_good("total", got["total"], many.sum(0), many.double().sum(0), floor=2**-16)
@@ -146,6 +146,7 @@ def cross_entropy_trials(
     logits, dlogits = (spread * torch.randn(6, cols + apart[0]))[:, :cols], torch.empty(6, cols + apart[1])[:, :cols]
     # Many of the largest where the softcap's polynomial has its last terms.
     logits[3] = torch.where(torch.rand(cols) < 1 / 40, 33 + 2 * torch.randn(cols), -50.0)
+    logits[3, cols - 1] = 33.0  # its label's, too
     labels, dloss = torch.tensor([5, -100, 0, cols - 1, -1, cols]), torch.randn(6)
     forward_of = kernels.cross_entropy.forward
     _, lse, *_ = (result.clone() for result in forward_of(logits, labels, True, dloss, dlogits, **options))
@@ -504,14 +505,19 @@ def main() -> None:
             for trials in trials_of(op, architecture) if op != "attention forward" else ():
                 kernel = trials[0].kernel
                 found[kernel] = list(outcomes(trials, mutants_of(trials)))
-                for m in (outcome.mutant for outcome in found[kernel] if outcome.how == "survived"):
-                    print(f"- {kernel}, {m.kind}: {m.source}, line {m.number}: `{m.before[:90]}` -> `{m.after[:90]}`")
-        print_table(architecture, found)
+                print_survivors(kernel, found[kernel])
+        print_table(f"{architecture}, Triton {triton.__version__}", found)
 
 
-def print_table(architecture: str, found: dict[str, list[Outcome]]) -> None:
+def print_survivors(kernel: str, found: list[Outcome]) -> None:
+    """Prints what nothing caught."""
+    for m in (outcome.mutant for outcome in found if outcome.how == "survived"):
+        print(f"- {kernel}, {m.kind}: {m.source}, line {m.number}: `{m.before[:90]}` -> `{m.after[:90]}`")
+
+
+def print_table(what: str, found: dict[str, list[Outcome]]) -> None:
     """Prints the outcomes of every kernel, in Markdown."""
-    print(f"\n{architecture}, Triton {triton.__version__}: by a fault / by a wrong result / survived\n")
+    print(f"\n{what}: by a fault / by a wrong result / survived\n")
     print(f"| | {' | '.join(found)} |\n|---|{'---|' * len(found)}")
     for kind in [*KINDS, "all"]:
         row = []
