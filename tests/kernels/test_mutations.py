@@ -387,7 +387,7 @@ def outcomes(trials: list[Trial], made: list[Mutant]) -> Iterator[Outcome]:
 
 # ---- the score -------------------------------------------------------------------------------------------------------
 
-TRITON = "3.8.0"
+COMPILER = "3.8.0"
 """What compiled the programs of `SURVIVORS`."""
 
 BARRIER = "two rounds of cp.async begin, one before and one after it: nothing in between reads or rewrites their memory"
@@ -461,7 +461,7 @@ LEAST = 0.85
 def survivors_of(architecture: str, kernel: str, found: list[Outcome]) -> Counter[str]:
     """How many of each kind survived; fails where another number is listed."""
     survived = Counter(outcome.mutant.kind for outcome in found if outcome.how == "survived")
-    if triton.__version__ == TRITON:
+    if triton.__version__ == COMPILER:
         made = {outcome.mutant.kind for outcome in found}
         listed = {
             kind: count
