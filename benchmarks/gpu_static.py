@@ -520,6 +520,16 @@ def broken_counts(target: str, row: Row, rows: list[Row]) -> list[str]:
     return wrong
 
 
+def broken_variants(target: str) -> list[str]:
+    """What is wrong with the kernels of ``csrc/cuda``, those that no case launches among them."""
+    found = {name: kernel.resources(0, 0) for name, kernel in nvcc.compiled(target).items()}
+    return [
+        f"{target}: CUDA C++, {name}: stack {r.stack} bytes, spills {r.spills} bytes"
+        for name, r in found.items()
+        if r.stack or r.spills
+    ]
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 STATIC = (
@@ -634,14 +644,14 @@ def main(arguments: Arguments) -> None:
     console = Console(width=260, highlight=False)
     header = f"triton {version('triton')}, torch {version('torch')}, {commit()}; counted, not measured"
     console.print(header)
+    broken: list[str] = []
     if reason := nvcc.missing():
         console.print(f"Without the kernels of csrc/cuda: {reason}.")
     else:  # here, so that processes do not compile the same
         cuda.build()
         for target in track(arguments.targets, "compiling csrc/cuda", console=console, transient=True):
             if target in CUDA_TARGETS:
-                nvcc.compiled(target)
-    broken: list[str] = []
+                broken += broken_variants(target)
     text = [INTRODUCTION, header + ".", ""]
     for (target, dtype), rows in compile_all(arguments, console).items():
         for row in rows:

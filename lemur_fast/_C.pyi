@@ -197,6 +197,132 @@ class cuda:
     """There only when CUDA was built (`build_info()["cuda"]`)."""
 
     @staticmethod
+    def rms_norm_fwd(
+        x: int,
+        x_stride: int,
+        residual: int,
+        residual_stride: int,
+        weight: int,
+        y: int,
+        h: int,
+        rstd: int,
+        rows: int,
+        cols: int,
+        eps: float,
+        x_dtype: int,
+        w_dtype: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def rms_norm_bwd(
+        dy: int,
+        dy_stride: int,
+        dh: int,
+        dh_stride: int,
+        h: int,
+        h_stride: int,
+        weight: int,
+        rstd: int,
+        dx: int,
+        dw: int,
+        rows: int,
+        cols: int,
+        x_dtype: int,
+        w_dtype: int,
+        partial: int,
+        parts: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def swiglu_fwd(
+        gate: int,
+        gate_stride: int,
+        up: int,
+        up_stride: int,
+        y: int,
+        rows: int,
+        cols: int,
+        dtype: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def swiglu_bwd(
+        dy: int,
+        dy_stride: int,
+        gate: int,
+        gate_stride: int,
+        up: int,
+        up_stride: int,
+        dgate: int,
+        dup: int,
+        rows: int,
+        cols: int,
+        dtype: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def rotary(
+        items: list[tuple[int, int, int, int, int]],
+        cos: int,
+        cos_stride: int,
+        sin: int,
+        sin_stride: int,
+        columns: int,
+        tokens: int,
+        head_dim: int,
+        interleaved: bool,
+        backward: bool,
+        x_dtype: int,
+        y_dtype: int,
+        table_dtype: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def cross_entropy_fwd(
+        logits: int,
+        logits_stride: int,
+        labels: int,
+        loss: int,
+        lse: int,
+        log_prob: int,
+        entropy: int,
+        correct: int,
+        dloss: int,
+        dlogits: int,
+        rows: int,
+        cols: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        dtype: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def cross_entropy_bwd(
+        dloss: int,
+        logits: int,
+        logits_stride: int,
+        labels: int,
+        lse: int,
+        dlogits: int,
+        rows: int,
+        cols: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        dtype: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
     def driver_version() -> int: ...
     @staticmethod
     def device_count() -> int: ...

@@ -1,4 +1,4 @@
-"""The bars of what the Triton kernels become on a GPU; and that the program which prints them would notice."""
+"""The bars of what the kernels become on a GPU; and that the program which prints them would notice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import gpu_static
+from benchmarks import gpu_static, nvcc
 from benchmarks.ahead_of_time import TARGETS, Resources
 from benchmarks.gpu_bound import DEVICES, bound, cycles
 from tests.conftest import INTERPRETING
@@ -17,8 +17,10 @@ from tests.ptxsim.counting import Requests
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="compiles kernels, which TRITON_INTERPRET=1 prevents")
 
 
-def broken(target: str, dtype: torch.dtype, cases: list[gpu_static.Case]) -> list[str]:
-    rows = [row for case in cases for row in gpu_static.rows_of(case, target, dtype)]
+def broken(
+    target: str, dtype: torch.dtype, cases: list[gpu_static.Case], kernels: gpu_static.Kernels = gpu_static.TRITON
+) -> list[str]:
+    rows = [row for case in cases for row in gpu_static.rows_of(case, target, dtype, kernels)]
     assert rows
     return [line for row in rows for line in gpu_static.broken_bars(target, dtype, row, rows)]
 
@@ -36,6 +38,41 @@ def test_bars_where_registers_are_fewest(target):
     assert broken(target, torch.bfloat16, [gpu_static.attention_case(128, ", window, softcap")]) == []
 
 
+needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bars_of_cuda(dtype):
+    cases = [case for case in gpu_static.cases((), every_option=False) if case.in_cuda]
+    assert broken("sm_80", dtype, cases, gpu_static.CUDA) == []
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=pytest.mark.slow) if t != "sm_80" else t for t in gpu_static.CUDA_TARGETS]
+)
+def test_no_variant_in_cuda_spills(target):
+    """Those of other widths, dtypes and alignments, too."""
+    assert len(nvcc.compiled(target)) > 90
+    assert gpu_static.broken_variants(target) == []
+
+
+def test_a_variant_that_spills_is_named(monkeypatch):
+    good, bad = nvcc.Compiled(32, 0, 0, ("LDG.E.128",)), nvcc.Compiled(32, 8, 0, ("LDG.E.128", "STL"))
+    monkeypatch.setattr(nvcc, "compiled", lambda target: {"good": good, "bad": bad})
+    assert gpu_static.broken_variants("sm_90") == ["sm_90: CUDA C++, bad: stack 8 bytes, spills 4 bytes"]
+
+
+def test_cuda_has_narrower_bars():
+    moved = {"counts": counts(loaded=Counter(x=3300)), "least": 6400.0, "op": "swiglu", "kernel": "forward"}
+    for language, wrong in (("Triton", 0), ("CUDA C++", 0)):
+        assert len(gpu_static.broken_bars("sm_80", torch.bfloat16, row(language=language, **moved), [])) == wrong
+    moved["counts"] = counts(loaded=Counter(x=3400), loads=Requests(10, 3200, 3200, 3200, 103, 100))
+    for language, wrong in (("Triton", 0), ("CUDA C++", 2)):
+        assert len(gpu_static.broken_bars("sm_80", torch.bfloat16, row(language=language, **moved), [])) == wrong
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -47,7 +84,14 @@ GOOD = Resources(32, 0, 0, 1024, 128, {"HMMA": 8, "LDGSTS": 4}, 128)
 
 
 def row(resources: Resources = GOOD, **changes) -> gpu_static.Row:
-    fields = {"op": "attention", "kernel": "dq", "shape": "", "config": "", "resources": resources} | changes
+    fields = {
+        "language": "Triton",
+        "op": "attention",
+        "kernel": "dq",
+        "shape": "",
+        "config": "",
+        "resources": resources,
+    } | changes
     return gpu_static.Row(**fields)
 
 
