@@ -168,19 +168,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     return out;
   };
 
+  // From the first cache at every turn: held, it would take the registers that the next row has.
   const auto weight_of = [&](int k) {
     const int col = first + k * step;
     return col < cols ? load_pack<kSize>(weight + col) : zeros<W, kSize>();
   };
 
-  // Where registers suffice, the weight stays in them, and the next row is on its way while this one's sum is made.
+  // Where registers suffice, the next row is on its way while this one's sum is made.
   constexpr bool kAhead = kPacks <= 2;
-  Pack<W, kSize> held[kPacks];
   float dw[kPacks][kSize] = {};
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    if constexpr (kAhead) held[k] = weight_of(k);
-  }
   auto next = kAhead ? read(first_row + threadIdx.y) : Row<X, Y, kSize, kPacks>{};
   int turn = 0;
   for (int64_t start = first_row; start < last_row; start += blockDim.y, turn ^= 1) {
@@ -191,7 +187,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      const auto w = kAhead ? held[k] : weight_of(k);
+      const auto w = weight_of(k);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float g = to_float(now.dy[k].values[i]) * to_float(w.values[i]);
@@ -206,7 +202,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       const int col = first + k * step;
       if (col >= cols) break;
       const auto from_above = dh == nullptr ? zeros<X, kSize>() : load_pack<kSize>(dh + row * dh_stride + col);
-      const auto w = kAhead ? held[k] : weight_of(k);
+      const auto w = weight_of(k);
       float out[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
@@ -247,6 +243,20 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   }
 }
 
+// Adds to sums in global memory that the same thread will read again.
+template <int kSize>
+__device__ __forceinline__ void add_to(float* total, const float (&values)[kSize], bool first) {
+  constexpr int kAtOnce = kSize < 4 ? kSize : 4;
+#pragma unroll
+  for (int start = 0; start < kSize; start += kAtOnce) {
+    auto* at = reinterpret_cast<Pack<float, kAtOnce>*>(total + start);
+    auto sum = first ? zeros<float, kAtOnce>() : *at;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum.values[i] += values[start + i];
+    *at = sum;
+  }
+}
+
 // The same for rows of any width, one at a time; dw is summed where it ends up.
 template <typename X, typename W, typename Y, int kSize>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
@@ -281,17 +291,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       const auto v = load_pack<kSize>(row_h + col);
       const auto w = load_pack<kSize>(weight + col);
       const auto from_above = dh == nullptr ? zeros<X, kSize>() : load_pack<kSize>(dh + row * dh_stride + col);
-      float out[kSize];
+      float out[kSize], of_dw[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const float x_hat = to_float(v.values[i]) * scale;
         const float g = to_float(d.values[i]) * to_float(w.values[i]);
         out[i] = fmaf(scale, fmaf(x_hat, -mean, g), to_float(from_above.values[i]));
-        if (partial != nullptr) {
-          float* total = partial + static_cast<int64_t>(blockIdx.x) * cols + col + i;
-          *total = fmaf(to_float(d.values[i]), rounded<X>(x_hat), row == first_row ? 0.f : *total);
-        }
+        of_dw[i] = to_float(d.values[i]) * rounded<X>(x_hat);
       }
+      if (partial != nullptr) add_to(partial + static_cast<int64_t>(blockIdx.x) * cols + col, of_dw, row == first_row);
       store_pack(dx + row * cols + col, pack_of<X>(out));
     }
   }
@@ -408,9 +416,10 @@ void rms_norm_bwd(const RmsNormBwd& a, float* partial, int64_t parts, const Plac
         walk(rms_norm_bwd_walking_kernel<X, W, Y, 1>, 1);
       } else if (a.cols <= 2 * kPack * kBackwardThreads) {
         hold(rms_norm_bwd_kernel<X, W, Y, kPack, 2>, 2);
-      } else if (a.cols <= 4 * kPack * kBackwardThreads) {
-        hold(rms_norm_bwd_kernel<X, W, Y, kPack, 4>, 4);
       } else {
+        if constexpr (kPack == 4) {  // of 8 elements, 4 packs and their part of dw would not fit into registers
+          if (a.cols <= 4 * kPack * kBackwardThreads) return hold(rms_norm_bwd_kernel<X, W, Y, kPack, 4>, 4);
+        }
         walk(rms_norm_bwd_walking_kernel<X, W, Y, kPack>, kPack);
       }
     });

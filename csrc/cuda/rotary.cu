@@ -75,7 +75,7 @@ __device__ __forceinline__ P rotated(const P& x, const P& cos, const P& sin) {
 // Of a block's threads, `along` take the packs of pairs of a head, `down` the heads of a token, the rest other tokens.
 // whole: the tables have an angle for every element, not for every pair.
 template <typename X, typename Table, typename Y, bool kInterleaved, int kPairs>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     rotary_kernel(const X* __restrict__ q, int64_t q_token, int64_t q_head, Y* __restrict__ q_out, int q_heads,
                   const X* __restrict__ k, int64_t k_token, int64_t k_head, Y* __restrict__ k_out, int k_heads,
                   const Table* __restrict__ cos, int64_t cos_stride, const Table* __restrict__ sin, int64_t sin_stride,
