@@ -29,12 +29,16 @@ from lemur_fast.kernels.common import LN2, LOG2E, architecture, next_power_of_2,
 
 
 class Tile(NamedTuple):
-    """Tokens of a program's own block, tokens of the blocks that it walks, warps, and stages of the pipeline."""
+    """Tokens of a program's own block, tokens of the blocks that it walks, warps, and stages of the pipeline.
+
+    `registers`: of a thread, at most, where the assembler aims at fewer than there are, and spills; 0 leaves it to it.
+    """
 
     own: int
     walked: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
 
 class Tiles(NamedTuple):
@@ -89,13 +93,16 @@ TILES_WITH_OPTIONS = {
 """With a window or a softcap, where the tiles of the next larger head dimension, which else serve, would spill."""
 
 IN_FLOAT32 = {
-    16: Tiles(Tile(16, 16, 1, 1), Tile(32, 64, 4, 1), Tile(16, 16, 1, 1)),
+    16: Tiles(Tile(16, 16, 1, 1), Tile(16, 64, 4, 1, registers=255), Tile(16, 16, 1, 1)),
     32: Tiles(Tile(16, 16, 1, 1), Tile(32, 32, 4, 1), Tile(16, 16, 1, 1)),
     64: Tiles(*[Tile(32, 16, 8, 1)] * 3),
     128: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
-    256: Tiles(Tile(8, 16, 8, 1), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
+    256: Tiles(Tile(8, 16, 8, 1, registers=255), Tile(8, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-"""For float32 inputs, on every architecture."""
+"""For float32 inputs, on every architecture; but see `IN_FLOAT32_ON_BLACKWELL`."""
+
+IN_FLOAT32_ON_BLACKWELL = {256: IN_FLOAT32[256]._replace(dkdv=Tile(8, 16, 8, 2))}
+"""What sm_100 and sm_120 have in place of those, which spill there with a window and a softcap."""
 
 
 class Options(NamedTuple):
@@ -125,7 +132,8 @@ def tiles_for(q: Tensor, options: Options, measured: MeasuredTiles | None = None
     spared = 64 if q.element_size() > 2 else 32  # heads that have registers left for options
     wider = min(256, 2 * width) if width > spared and (options.window or options.softcap) else width
     if q.element_size() > 2:
-        return IN_FLOAT32[wider]
+        blackwell = architecture(q) in ("sm_100", "sm_120")
+        return IN_FLOAT32_ON_BLACKWELL.get(wider, IN_FLOAT32[wider]) if blackwell else IN_FLOAT32[wider]
     if measured is not None and width >= 64 and not options.window and not options.softcap:
         return Tiles(*(Tile(*tile) for tile in measured))
     name = architecture(q)
@@ -138,7 +146,7 @@ def tiles_for(q: Tensor, options: Options, measured: MeasuredTiles | None = None
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Tiles worth measuring beside one: a factor of 2 in one number, or a stage more or less."""
-    own, walked, warps, stages = tile
+    own, walked, warps, stages, _ = tile
     yield from (Tile(own, size, warps, stages) for size in (walked // 2, walked * 2) if size >= 16)
     yield from (Tile(size, walked, warps, stages) for size in (own // 2, own * 2) if size >= 16)
     yield Tile(own, walked, 4 if warps == 8 else 8, stages)
@@ -551,7 +559,8 @@ def dq_kernel(
 
 
 def _constants(q: Tensor, k: Tensor, options: Options, tile: Tile, heads: int) -> dict[str, int | bool]:
-    return {
+    limit = {"maxnreg": tile.registers} if tile.registers and not architecture(q).startswith("gfx") else {}
+    return limit | {
         "HEADS": heads,
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[2],
