@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -80,12 +80,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def device_type_of(tensor: Tensor) -> str:
+    """``tensor.device.type``; on a CPU without the two objects that spell it out."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts float tensors to the autocast dtype while autocast is on for their device (matmul-like ops).
 
     float64 stays, as under torch's own rule.
     """
-    device_type = tensors[0].device.type
+    device_type = device_type_of(tensors[0])
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lemur_fast.ops._checks import device_type_of
+
 _LIBRARY = torch.library.Library("lemur_fast", "DEF")
 
 
@@ -24,7 +26,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     def run(*args: Any) -> Any:
         # Autocast stays active inside an operator. The dtypes were settled by the public function, and the
         # reference must not have its float32 products turned into bfloat16 behind its back.
-        device_type = args[0].device.type
+        device_type = device_type_of(args[0])
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return implementation(*args)
