@@ -220,11 +220,12 @@ def cross_entropy(
     """
     check_float("logits", logits)
     check_dims("logits", logits, "[T, V]")
-    if logits.shape[1] == 0:
+    device, (tokens, vocab) = logits.device, logits.shape
+    if vocab == 0:
         raise ValueError(f"logits: got shape {list(logits.shape)}; takes [T, V] with V > 0")
-    check_labels(labels, weights, logits.shape[0], logits.device)
+    check_labels(labels, weights, tokens, device)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
-    backend = choose("cross_entropy", logits.device, logits.dtype, logits.numel(), wants_grad(logits))
+    backend = choose("cross_entropy", device, logits.dtype, logits.numel(), wants_grad(logits))
     if reduction == "none" or weights is not None:
         loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
         if weights is not None:

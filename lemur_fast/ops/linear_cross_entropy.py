@@ -30,7 +30,7 @@ from lemur_fast.ops._checks import (
     check_count,
     check_device,
     check_dims,
-    check_float,
+    check_floats,
     check_integer,
     check_shape,
     compute_dtype,
@@ -96,7 +96,7 @@ def _empty_gradients(layer: Layer, wanted: Wanted) -> Gradients:
     wide = compute_dtype(hidden.dtype)
     return Gradients(
         hidden.new_empty(hidden.shape if wanted.hidden else 0),
-        hidden.new_empty(weight.T.shape if wanted.weight else (0, 0), dtype=wide).T,
+        hidden.new_empty(weight.T.shape, dtype=wide).T if wanted.weight else hidden.new_empty(0, 0, dtype=wide),
         hidden.new_empty(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
 
@@ -167,47 +167,39 @@ def _cpu_run(
     layer = layer.in_dtype_of_hidden()
     hidden, weight, bias = layer
     tokens, vocab = hidden.shape[0], weight.shape[0]
-    losses = empty_token_loss(hidden, tokens, want_stats)
-    gradients = _empty_gradients(layer, wanted)
     labels, trained = labels.contiguous(), labels.new_empty(tokens)
-    count = _compiled.C.cpu.trained_rows(
-        labels=labels.data_ptr(),
-        rows=tokens,
-        vocab=vocab,
-        ignore_index=options.ignore_index,
-        out=trained.data_ptr(),
-    )
+    count = _compiled.C.cpu.trained_rows(labels.data_ptr(), tokens, vocab, options.ignore_index, trained.data_ptr())
     most = chunk_tokens or max(256, _CHUNK_LOGITS // vocab)
+    gradients = _empty_gradients(layer, wanted)
+    if 0 < count == tokens <= most:
+        return _cpu_run_at_once(layer, labels, options, want_stats, dloss, wanted, gradients), gradients
+    losses = empty_token_loss(hidden, tokens, want_stats)
     if count < tokens:
         gradients.hidden.zero_()
     if not count:
         gradients.weight.zero_()
         gradients.bias.zero_()
         return losses, gradients
-    all_at_once = count == tokens <= most  # then nothing is gathered, and nothing put back
-    chunks = (trained,) if all_at_once else _chunks(trained[:count], most)
+    chunks = _chunks(trained[:count], most)
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
-    product = None
-    if wanted.weight:
-        product = weight.new_empty(weight.shape[1] * min(vocab, _PRODUCT_COLUMNS))
+    product = _memory_of_product(weight) if wanted.weight else None
     for number, chunk_rows in enumerate(chunks):
-        logits = memory if all_at_once else memory[: chunk_rows.numel()]
-        hidden_rows = hidden if all_at_once else hidden[chunk_rows]
+        logits = memory[: chunk_rows.numel()]
+        hidden_rows = hidden[chunk_rows]
         if bias is None:
             torch.mm(hidden_rows, weight.T, out=logits)
         else:
             torch.addmm(bias, hidden_rows, weight.T, out=logits)
         chunk = compiled_token_loss(
             logits,
-            labels if all_at_once else labels[chunk_rows],
+            labels[chunk_rows],
             options,
             want_stats,
             None if dloss is None else dloss[chunk_rows].float(),
             grad_out=logits if any(wanted) else None,
-            out=losses if all_at_once else None,
         )
-        for whole, part in () if all_at_once else zip(losses, chunk, strict=True):
+        for whole, part in zip(losses, chunk, strict=True):
             if whole.numel():
                 whole[chunk_rows] = part
         if wanted.hidden:
@@ -217,6 +209,33 @@ def _cpu_run(
         if wanted.bias:
             _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=number == 0)
     return losses, gradients
+
+
+def _cpu_run_at_once(
+    layer: Layer,
+    labels: Tensor,
+    options: LossOptions,
+    want_stats: bool,
+    dloss: Tensor | None,
+    wanted: Wanted,
+    gradients: Gradients,
+) -> TokenLoss:
+    """`_cpu_run` where all rows train and are one chunk: nothing is gathered, and nothing put back."""
+    hidden, weight, bias = layer
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    dlogits = logits if any(wanted) else None
+    losses = compiled_token_loss(logits, labels, options, want_stats, None if dloss is None else dloss.float(), dlogits)
+    if wanted.hidden:
+        torch.mm(logits, weight, out=gradients.hidden)
+    if wanted.weight:
+        _add_product(gradients.weight.T, hidden.T.contiguous(), logits, _memory_of_product(weight), first=True)
+    if wanted.bias:
+        _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=True)
+    return losses
+
+
+def _memory_of_product(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[1] * min(weight.shape[0], _PRODUCT_COLUMNS))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, memory: Tensor, first: bool) -> None:
@@ -433,13 +452,12 @@ def _sum(
     chunk_tokens: int | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *options, want_items, want_stats, want_hidden, want_weight, want_bias, backend = arguments
-    checked = LossOptions(*options)
+    checked, want_items, want_stats = LossOptions(*arguments[:4]), arguments[4], arguments[5]
+    wanted, backend = Wanted(*arguments[6:9]), arguments[9]
     if backend != "cpu" or rows is not None:  # it looks at what it projects
         check_label_values(labels, weight.shape[0], checked.ignore_index)
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
-    wanted = Wanted(want_hidden, want_weight, want_bias)
     layer = Layer(hidden, weight, bias)
     losses, gradients = run(layer, labels, rows, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
@@ -604,39 +622,40 @@ def linear_cross_entropy(
         TypeError: a tensor has the wrong dtype.
         ValueError: a shape, device or option does not fit; on the CPU also a label outside the vocabulary.
     """
-    check_float("hidden", hidden)
-    check_float("weight", weight)
+    if bias is None:
+        check_floats(("hidden", "weight"), hidden, weight)
+    else:
+        check_floats(("hidden", "weight", "bias"), hidden, weight, bias)
     check_dims("hidden", hidden, "[T, H]")
     check_dims("weight", weight, "[V, H]")
-    tokens, width = hidden.shape
-    if weight.shape[0] == 0:
+    device, (tokens, width), (vocab, depth) = hidden.device, hidden.shape, weight.shape
+    if vocab == 0:
         raise ValueError(f"weight: got shape {list(weight.shape)}; takes [V, H] with V > 0")
-    check_shape("weight", weight, (weight.shape[0], width), "the width of hidden")
-    check_device("weight", weight, hidden.device)
+    if depth != width:
+        check_shape("weight", weight, (vocab, width), "the width of hidden")
     if bias is not None:
-        check_float("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],), "one per row of weight")
-        check_device("bias", bias, hidden.device)
+        check_shape("bias", bias, (vocab,), "one per row of weight")
         if bias.dtype != weight.dtype:
             raise ValueError(f"bias: got dtype {bias.dtype}; takes {weight.dtype}, the dtype of weight")
-    check_labels(labels, weights, tokens, hidden.device)
+    check_labels(labels, weights, tokens, device)
     if rows is not None:
         check_integer("rows", rows, (torch.int32, torch.int64))
         check_dims("rows", rows, "[R]")
-        check_device("rows", rows, hidden.device)
+        check_device("rows", rows, device)
     if chunk_tokens is not None:
         check_count("chunk_tokens", chunk_tokens)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     (hidden,) = to_autocast_dtype(hidden)
-    if weight.dtype not in (hidden.dtype, torch.float32):
-        raise ValueError(f"weight: got dtype {weight.dtype}; takes {hidden.dtype}, the dtype of hidden, or float32")
+    dtype = hidden.dtype
+    if weight.dtype != dtype and weight.dtype != torch.float32:
+        raise ValueError(f"weight: got dtype {weight.dtype}; takes {dtype}, the dtype of hidden, or float32")
     wants_grad = torch.is_grad_enabled()
-    wanted = Wanted(
+    wanted = (
         wants_grad and hidden.requires_grad,
         wants_grad and weight.requires_grad,
         wants_grad and bias is not None and bias.requires_grad,
     )
-    backend = choose("linear_cross_entropy", hidden.device, hidden.dtype, hidden.numel(), any(wanted))
+    backend = choose("linear_cross_entropy", device, dtype, hidden.numel(), any(wanted))
     weights_want_grad = wants_grad and weights is not None and weights.requires_grad
     if reduction == "none" or weights_want_grad:
         loss, *stats = torch.ops.lemur_fast.linear_cross_entropy(
