@@ -286,22 +286,24 @@ def only_rows(labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
     return torch.where(listed[:tokens], labels, ignore_index)
 
 
-def sum_losses(
-    loss: Tensor, labels: Tensor, ignore_index: int, want_items: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and the number of trained tokens, at least 1, so that a mean over none of them is 0.
+def sum_losses(loss: Tensor, labels: Tensor, ignore_index: int, mean: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The sum of the losses and an empty tensor; or their mean and the number of trained tokens, by which it divided.
+
+    That number is at least 1, so that a mean over none of them is 0.
 
     Args:
         loss: ``[T]``, 0 where a token does not train.
         labels: ``[T]`` int64.
         ignore_index: label of a token that does not train.
-        want_items: whether they are counted; the second result is empty when not.
-        backend: that of the op. In plain torch these are six small operators, dearer than a small loss itself.
+        mean: whether the mean is wanted.
+        backend: that of the op. In plain torch these are seven small operators, dearer than a small loss itself.
     """
     if backend != "cpu":
-        items = trained_weight(labels, None, ignore_index, loss.dtype).clamp(min=1) if want_items else loss.new_empty(0)
-        return loss.sum(), items
-    total, items = empty_sum(loss, want_items)
+        if not mean:
+            return loss.sum(), loss.new_empty(0)
+        items = trained_weight(labels, None, ignore_index, loss.dtype).clamp(min=1)
+        return loss.sum() / items, items
+    total, items = empty_sum(loss, mean)
     labels = labels.contiguous()
     _compiled.C.cpu.sum_losses(
         loss.data_ptr(),
@@ -309,15 +311,15 @@ def sum_losses(
         labels.shape[0],
         ignore_index,
         total.data_ptr(),
-        items.data_ptr() if want_items else 0,
+        items.data_ptr() if mean else 0,
     )
     return total, items
 
 
-def empty_sum(loss: Tensor, want_items: bool) -> tuple[Tensor, Tensor]:
+def empty_sum(loss: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     """Memory for what `sum_losses` returns, in the dtype of the losses."""
     total = loss.new_empty(())
-    return total, torch.empty_like(total) if want_items else loss.new_empty(0)
+    return total, torch.empty_like(total) if mean else loss.new_empty(0)
 
 
 def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, trained_weight: Tensor | None) -> Tensor:
@@ -329,8 +331,15 @@ def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, train
             return total / items
         items = torch.full_like(total, items)
     items = items.to(device=total.device, dtype=total.dtype).reshape(())
-    # Nothing trained: 0 / 1 has finite gradients. Losses over no items stay infinite: the count is wrong.
-    return total / (items + ((items == 0) & (total == 0)))
+    return total / divisor(total, items)
+
+
+def divisor(total: Tensor, items: Tensor) -> Tensor:
+    """`items`, but 1 where `total` is 0 over none: 0 / 1 has finite gradients.
+
+    Losses over no items stay infinite: the count is wrong.
+    """
+    return items + ((items == 0) & (total == 0))
 
 
 def trained_weight(labels: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -44,6 +44,7 @@ from lemur_fast.ops._loss import (
     check_labels,
     compiled_token_loss,
     divide_by_items,
+    divisor,
     empty_sum,
     empty_token_loss,
     loss_options,
@@ -167,7 +168,8 @@ def _cpu_run(
     layer = layer.in_dtype_of_hidden()
     hidden, weight, bias = layer
     tokens, vocab = hidden.shape[0], weight.shape[0]
-    labels, trained = labels.contiguous(), labels.new_empty(tokens)
+    labels = labels.contiguous()
+    trained = torch.empty_like(labels)
     count = _compiled.C.cpu.trained_rows(labels.data_ptr(), tokens, vocab, options.ignore_index, trained.data_ptr())
     most = chunk_tokens or max(256, _CHUNK_LOGITS // vocab)
     gradients = _empty_gradients(layer, wanted)
@@ -452,7 +454,7 @@ def _sum(
     chunk_tokens: int | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    checked, want_items, want_stats = LossOptions(*arguments[:4]), arguments[4], arguments[5]
+    checked, mean, want_stats = LossOptions(*arguments[:4]), arguments[4], arguments[5]
     wanted, backend = Wanted(*arguments[6:9]), arguments[9]
     if backend != "cpu" or rows is not None:  # it looks at what it projects
         check_label_values(labels, weight.shape[0], checked.ignore_index)
@@ -462,19 +464,20 @@ def _sum(
     losses, gradients = run(layer, labels, rows, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
     if weights is None:
-        return *sum_losses(loss, labels, checked.ignore_index, want_items, backend), *losses[1:], *gradients
+        return *sum_losses(loss, labels, checked.ignore_index, mean, backend), *losses[1:], *gradients
     loss = torch.where(labels != checked.ignore_index, loss * weights.to(loss.dtype), 0.0)
-    items = loss.new_empty(0)
-    if want_items:
-        items = trained_weight(labels, weights, checked.ignore_index, loss.dtype)
-    return loss.sum(), items, *losses[1:], *gradients
+    total, items = loss.sum(), loss.new_empty(0)
+    if mean:
+        items = divisor(total, trained_weight(labels, weights, checked.ignore_index, loss.dtype))
+        total = total / items
+    return total, items, *losses[1:], *gradients
 
 
 def _sum_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    want_items, want_stats, *wanted, _ = arguments[-6:]
+    mean, want_stats, *wanted, _ = arguments[-6:]
     loss, *rest = empty_token_loss(hidden, hidden.shape[0], want_stats)
     gradients = _empty_gradients(Layer(hidden, weight, None), Wanted(*wanted))
-    return *empty_sum(loss, want_items), *rest, *gradients
+    return *empty_sum(loss, mean), *rest, *gradients
 
 
 def _sum_bwd(
@@ -513,7 +516,7 @@ define(
     _tokens_bwd_fake,
 )
 define(
-    f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool want_items, bool want_stats, {_WANTED})"
+    f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool mean, bool want_stats, {_WANTED})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sum,
     _sum_fake,
@@ -549,15 +552,16 @@ def _backward_tokens(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 
 def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, *_ = inputs
-    ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, inputs[-1]
-    ctx.save_for_backward(hidden, weight, *output[-3:])
+    ctx.bias_dtype, ctx.mean, ctx.backend = None if bias is None else bias.dtype, inputs[-6], inputs[-1]
+    ctx.save_for_backward(hidden, weight, output[1], *output[-3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
-    hidden, weight, *unscaled = ctx.saved_tensors
+    hidden, weight, items, *unscaled = ctx.saved_tensors
+    factor = dtotal / items if ctx.mean else dtotal
     dhidden, dweight, dbias = torch.ops.lemur_fast.linear_cross_entropy_sum_bwd(
-        dtotal, *unscaled, hidden, weight, ctx.backend
+        factor, *unscaled, hidden, weight, ctx.backend
     )
     wanted = ctx.needs_input_grad[:3]
     return (
@@ -626,11 +630,13 @@ def linear_cross_entropy(
         check_floats(("hidden", "weight"), hidden, weight)
     else:
         check_floats(("hidden", "weight", "bias"), hidden, weight, bias)
-    check_dims("hidden", hidden, "[T, H]")
-    check_dims("weight", weight, "[V, H]")
-    device, (tokens, width), (vocab, depth) = hidden.device, hidden.shape, weight.shape
+    device, shape, of_weight = hidden.device, hidden.shape, weight.shape
+    if len(shape) != 2 or len(of_weight) != 2:
+        check_dims("hidden", hidden, "[T, H]")
+        check_dims("weight", weight, "[V, H]")
+    (tokens, width), (vocab, depth) = shape, of_weight
     if vocab == 0:
-        raise ValueError(f"weight: got shape {list(weight.shape)}; takes [V, H] with V > 0")
+        raise ValueError(f"weight: got shape {list(of_weight)}; takes [V, H] with V > 0")
     if depth != width:
         check_shape("weight", weight, (vocab, width), "the width of hidden")
     if bias is not None:
@@ -670,13 +676,10 @@ def linear_cross_entropy(
             items = trained_weight(counted, weights, ignore_index, loss.dtype) if num_items is None else None
             loss = divide_by_items(loss, num_items, items)
     else:
-        count = reduction == "mean" and num_items is None
-        loss, items, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
-            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, count, return_stats, *wanted, backend
+        mean = reduction == "mean" and num_items is None
+        loss, _, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
+            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, mean, return_stats, *wanted, backend
         )
-        stats = stats[:4]
-        if count and weights is None:
-            loss = loss / items
-        elif reduction == "mean":
-            loss = divide_by_items(loss, num_items, items)
-    return (loss, LossStats(*stats)) if return_stats else loss
+        if num_items is not None:
+            loss = divide_by_items(loss, num_items, None)
+    return (loss, LossStats(*stats[:4])) if return_stats else loss
