@@ -29,8 +29,7 @@ def check_floats(names: tuple[str, ...], *tensors: Tensor) -> None:
     if isinstance(first, Tensor):
         device = first.device
         for x in tensors:
-            fits = isinstance(x, Tensor) and x.dtype in FLOAT_DTYPES and x.layout == _STRIDED and x.device == device
-            if not fits:
+            if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES or x.layout != _STRIDED or x.device != device:
                 break
         else:
             return
@@ -98,17 +97,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def device_type_of(tensor: Tensor) -> str:
-    """``tensor.device.type``; on a CPU without the two objects that spell it out."""
-    return "cpu" if tensor.is_cpu else tensor.device.type
-
-
 def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts float tensors to the autocast dtype while autocast is on for their device (matmul-like ops).
 
     float64 stays, as under torch's own rule.
     """
-    device_type = device_type_of(tensors[0])
+    first = tensors[0]
+    device_type = "cpu" if first.is_cpu else first.device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

@@ -533,7 +533,8 @@ def attention(
         check_shape("k", k, (key_tokens, kv_heads, head_dim), "the head dimension of q")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
-    check_shape("v", v, k_shape, "the shape of k")
+    if v.shape != k_shape:
+        check_shape("v", v, k_shape, "the shape of k")
     check_integer("cu_seqlens", cu_seqlens, _INT32)
     if cu_seqlens.ndim != 1 or not cu_seqlens.numel():
         raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}; takes [num_docs + 1]")

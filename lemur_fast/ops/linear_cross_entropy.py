@@ -167,7 +167,7 @@ def _cpu_run(
 ) -> tuple[TokenLoss, Gradients]:
     layer = layer.in_dtype_of_hidden()
     hidden, weight, bias = layer
-    tokens, vocab = hidden.shape[0], weight.shape[0]
+    (tokens, _), (vocab, _) = hidden.shape, weight.shape
     labels = labels.contiguous()
     trained = torch.empty_like(labels)
     count = _compiled.C.cpu.trained_rows(labels.data_ptr(), tokens, vocab, options.ignore_index, trained.data_ptr())
