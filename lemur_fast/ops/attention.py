@@ -243,7 +243,9 @@ def _cpu_forward(
     q, q_item = _item(q)
     k, k_item = _item(k)
     v, v_item = _item(v)
-    cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
+    shared = cu_seqlens_k is cu_seqlens
+    cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens_k = cu_seqlens if shared else cu_seqlens_k.contiguous()
     _compiled.C.cpu.attention_fwd(
         cu_seqlens.data_ptr(),
         cu_seqlens_k.data_ptr(),
@@ -535,10 +537,11 @@ def attention(
         raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
     if v.shape != k_shape:
         check_shape("v", v, k_shape, "the shape of k")
-    check_integer("cu_seqlens", cu_seqlens, _INT32)
-    if cu_seqlens.ndim != 1 or not cu_seqlens.numel():
+    bounds = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int32 and cu_seqlens.device == device
+    if not bounds or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
+        check_integer("cu_seqlens", cu_seqlens, _INT32)
+        check_device("cu_seqlens", cu_seqlens, device)
         raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}; takes [num_docs + 1]")
-    check_device("cu_seqlens", cu_seqlens, device)
     if cu_seqlens_k is None:
         if key_tokens != tokens:
             raise ValueError(f"k: got {key_tokens} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
@@ -555,10 +558,9 @@ def attention(
         check_number("softcap", softcap, positive=True)
     q, k, v = to_autocast_dtype(q, k, v)
     dtype = q.dtype
-    if k.dtype != dtype:
-        raise ValueError(f"k: got dtype {k.dtype}; takes {dtype}, the dtype of q")
-    if v.dtype != dtype:
-        raise ValueError(f"v: got dtype {v.dtype}; takes {dtype}, the dtype of q")
+    if not k.dtype == v.dtype == dtype:
+        name, other = ("v", v) if k.dtype == dtype else ("k", k)
+        raise ValueError(f"{name}: got dtype {other.dtype}; takes {dtype}, the dtype of q")
     window, softcap = window or 0, softcap or 0.0
     backend = choose(
         "attention",
