@@ -38,7 +38,8 @@ def _remedy() -> str:
 
 
 C: Any
-"""The compiled module; None when it is missing."""
+"""The compiled module; None when it is missing. Its kernels are called by position, in the order of `_C.pyi`, at least
+in a forward: to look up a name takes it 0.1 us, and 17 of them longer than many a kernel."""
 C, _reason = _import()
 
 missing: str | None = None

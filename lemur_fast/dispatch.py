@@ -21,15 +21,17 @@ falls back in silence.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lemur_fast import preferences
-from lemur_fast.preferences import BACKENDS, orders_for, pick
+from lemur_fast.preferences import BACKENDS, Order, of_head_dim, of_size, orders_for, pick
 
 
 class BackendError(RuntimeError):
@@ -59,6 +61,7 @@ def register_backend(op: str, name: str, *, refuse: Callable[..., str | None], *
     if name not in BACKENDS:
         raise ValueError(f"name: got {name!r}; must be one of {', '.join(BACKENDS)}")
     _registry.setdefault(op, {})[name] = Backend(refuse, functions)
+    _by_size.cache_clear()
 
 
 def implementation(op: str, backend: str, role: str) -> Callable:
@@ -116,10 +119,12 @@ def use_backend(*names: str) -> Iterator[None]:
     global _requested
     _check_names(names, "use_backend")
     before, _requested = _requested, names
+    _by_size.cache_clear()  # a block starts from what backends refuse now, and leaves nothing behind
     try:
         yield
     finally:
         _requested = before
+        _by_size.cache_clear()
 
 
 def wants_grad(*tensors: Tensor) -> bool:
@@ -152,9 +157,23 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, elements: int, wan
     Raises:
         BackendError: none of the backends asked for can serve it; names each with its reason.
     """
+    if not torch.compiler.is_compiling():
+        try:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            names = _by_size(_requested, preferences.edition, deterministic, op, device, dtype, wants_grad, **traits)
+            return names[0] if len(names) == 1 else of_size(names, elements)
+        except TypeError:  # a symbolic shape, which is met outside of the compiler too, cannot be hashed
+            pass
     order = _requested
     if order is None:
         order = pick(orders_for(op, device, dtype, wants_grad), elements, traits)
+    return _first_of(order, op, device, dtype, wants_grad, traits)
+
+
+def _first_of(
+    order: Order, op: str, device: torch.device, dtype: torch.dtype, wants_grad: bool, traits: dict[str, object]
+) -> str:
+    """The first backend of an order that can serve a call."""
     traits["wants_grad"] = wants_grad
     backends = _registry[op]
     for name in order:
@@ -163,6 +182,28 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, elements: int, wan
             return name
     reasons = "; ".join(f"{name}: {_reason(op, name, device, dtype, traits)}" for name in order)
     raise BackendError(f"{op} on {device.type} in {dtype}: no backend of those asked for can serve it ({reasons})")
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_size(
+    requested: Order | None,
+    edition: int,
+    deterministic: bool,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    wants_grad: bool,
+    **traits: Any,
+) -> tuple[str, ...]:
+    """What serves a kind of call, by size, with one entry where sizes make no difference; an error is not kept.
+
+    `edition`, of the tables, and `deterministic`, the one setting of torch's that refusals look at, are here because
+    the answer hangs on them: one that is remembered cannot outlive what it was made from.
+    """
+    if requested is not None:
+        return (_first_of(requested, op, device, dtype, wants_grad, traits),)
+    orders = of_head_dim(orders_for(op, device, dtype, wants_grad), traits)
+    return tuple(_first_of(order, op, device, dtype, wants_grad, traits) for order in orders)
 
 
 # What `explain` asks for where a choice hangs on more than device, dtype and size: training at LLaMA-2's own values.

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -72,6 +72,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 FORMAT = 1
 """Of the files. Another number is another meaning."""
+
+T = TypeVar("T")
 
 Order = tuple[str, ...]
 Orders = tuple[tuple[Order, ...], ...]
@@ -145,9 +147,24 @@ def _orders(table: Table, op: str, device_type: str, dtype: str, direction: str)
     )
 
 
-# What was looked up, so that a call costs one dictionary's look-up.
+# What was looked up.
 _tables: dict[torch.device, Table] = {}
 _known_orders: dict[tuple[str, torch.device, torch.dtype, bool], Orders] = {}
+
+edition: int = 0
+"""Another number whenever another table may hold: for those who remember what came of one."""
+
+
+def forget() -> None:
+    """Lets tables be read, and orders be looked up, anew."""
+    _tables.clear()
+    _changed()
+
+
+def _changed() -> None:
+    global edition
+    edition += 1
+    _known_orders.clear()
 
 
 def table_of(device: torch.device) -> Table:
@@ -170,16 +187,23 @@ def orders_for(op: str, device: torch.device, dtype: torch.dtype, wants_grad: bo
     return orders
 
 
+def of_head_dim(orders: Orders, traits: dict[str, Any]) -> tuple[Order, ...]:
+    """The orders by size; looks at the head dimension only where it makes a difference."""
+    if len(orders) == 1 or traits["head_dim"] <= HEAD_DIMS[0]:
+        return orders[0]
+    return orders[1] if traits["head_dim"] <= HEAD_DIMS[1] else orders[2]
+
+
+def of_size(choices: tuple[T, ...], elements: int) -> T:
+    """One of what there is by size; looks at the number only where it makes a difference."""
+    if len(choices) == 1 or elements < MEDIUM:
+        return choices[0]
+    return choices[1] if elements < LARGE else choices[2]
+
+
 def pick(orders: Orders, elements: int, traits: dict[str, Any]) -> Order:
-    """The order for a shape; looks at the numbers only where they make a difference."""
-    sizes = orders[0]
-    if len(orders) > 1:
-        head_dim = traits["head_dim"]
-        if head_dim > HEAD_DIMS[0]:
-            sizes = orders[1] if head_dim <= HEAD_DIMS[1] else orders[2]
-    if len(sizes) == 1 or elements < MEDIUM:
-        return sizes[0]
-    return sizes[1] if elements < LARGE else sizes[2]
+    """The order for a shape."""
+    return of_size(of_head_dim(orders, traits), elements)
 
 
 def tiles_for(device: torch.device, head_dim: int) -> Tiles | None:
@@ -193,12 +217,12 @@ def using(device: torch.device, table: Table) -> Iterator[None]:
     """Lets `table` speak for a device until the block ends, in all threads. What was compiled keeps its choices."""
     before = table_of(device)
     _tables[device] = table
-    _known_orders.clear()
+    _changed()
     try:
         yield
     finally:
         _tables[device] = before
-        _known_orders.clear()
+        _changed()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -335,6 +359,5 @@ def save(device: torch.device, orders: dict[Key, Order], tiles: dict[int, Tiles]
             "tiles": [{"head_dim": limit, "tiles": found} for limit, found in sorted((before.tiles | tiles).items())],
         }
         write_json(path, content)
-    _tables.clear()
-    _known_orders.clear()
+    forget()
     return path

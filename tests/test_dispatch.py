@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lemur_fast as lf
 from lemur_fast import _triton, dispatch
@@ -72,6 +73,52 @@ def test_the_backward_uses_the_backend_of_the_forward(monkeypatch):
         y = lf.ops.swiglu(x, x)
     y.sum().backward()
     assert seen == ["forward", "backward"]
+
+
+def test_a_refusal_is_asked_for_once_a_kind_of_call(monkeypatch):
+    asked = []
+    backend = dispatch.Backend(lambda *call, **traits: asked.append((call, traits)), {})
+    monkeypatch.setitem(dispatch._registry["swiglu"], "cpu", backend)
+    with lf.use_backend("cpu"):
+        assert [chosen("swiglu", elements=elements) for elements in (1, 2**24)] == ["cpu", "cpu"]
+        assert len(asked) == 1
+        for kind in ({"wants_grad": True}, {"dtype": torch.float16}, {"head_dim": 64}, {"head_dim": 128}):
+            chosen("swiglu", **kind)
+        assert len(asked) == 5
+        torch.use_deterministic_algorithms(True)
+        try:
+            chosen("swiglu")
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert len(asked) == 6
+        chosen("swiglu")
+        assert len(asked) == 6
+
+
+def test_what_is_remembered_ends_with_the_block(monkeypatch):
+    assert chosen("swiglu") == "cpu"
+    refuses = dispatch.Backend(lambda *call, **traits: "out of order", {})
+    with monkeypatch.context() as patched:
+        patched.setitem(dispatch._registry["swiglu"], "cpu", refuses)
+        with lf.use_backend("cpu"), pytest.raises(lf.BackendError, match="cpu: out of order"):
+            chosen("swiglu")
+    with lf.use_backend("cpu"):
+        assert chosen("swiglu") == "cpu"
+    assert chosen("swiglu") == "cpu"
+
+
+def test_a_backend_that_is_registered_later_is_seen(monkeypatch):
+    monkeypatch.setattr(dispatch, "_registry", {name: dict(known) for name, known in dispatch._registry.items()})
+    with lf.use_backend("varlen", "reference"):
+        assert chosen("swiglu") == "reference"
+        dispatch.register_backend("swiglu", "varlen", refuse=dispatch.serves_any)
+        assert chosen("swiglu") == "varlen"
+
+
+def test_symbolic_shapes_outside_of_the_compiler():
+    q, bounds = torch.randn(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    traced = make_fx(lambda q, bounds: lf.ops.attention(q, q, q, bounds), tracing_mode="symbolic")(q, bounds)
+    assert torch.equal(traced(q, bounds), lf.ops.attention(q, q, q, bounds))
 
 
 def test_explain_names_every_op_its_backend_and_the_reasons(capsys):

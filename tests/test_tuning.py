@@ -36,8 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def forget() -> None:
-    preferences._tables.clear()
-    preferences._known_orders.clear()
+    preferences.forget()
     torch._dynamo.reset()
 
 

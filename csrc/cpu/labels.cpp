@@ -24,8 +24,12 @@ void sum_losses(const float* loss, const int64_t* labels, int64_t n, int64_t ign
     sum += loss[i];
     trained += labels[i] != ignore_index;
   }
+  if (items) {
+    if (trained < 1) trained = 1;
+    sum /= static_cast<double>(trained);
+    *items = static_cast<float>(trained);
+  }
   *total = static_cast<float>(sum);
-  if (items) *items = static_cast<float>(trained > 1 ? trained : 1);
 }
 
 }  // namespace lemur::cpu

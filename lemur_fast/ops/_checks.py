@@ -5,12 +5,13 @@ Every check looks at shapes, dtypes, devices and layouts only, never at values: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STRIDED = torch.strided
+FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -18,11 +19,27 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got {type(tensor).__name__}; takes a torch.Tensor")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}; takes float32, bfloat16, float16 or float64")
-    if tensor.layout != torch.strided:
+    if tensor.layout != _STRIDED:
         raise ValueError(f"{name}: got layout {tensor.layout}; takes a strided (dense) tensor")
 
 
-def check_integer(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_floats(names: tuple[str, ...], *tensors: Tensor) -> None:
+    """`check_float` of all, and `check_device` against the device of the first: in one pass, when all is well."""
+    first = tensors[0]
+    if isinstance(first, Tensor):
+        device = first.device
+        for x in tensors:
+            if not isinstance(x, Tensor) or x.dtype not in FLOAT_DTYPES or x.layout != _STRIDED or x.device != device:
+                break
+        else:
+            return
+    for name, x in zip(names, tensors, strict=True):
+        check_float(name, x)
+    for name, x in zip(names, tensors, strict=True):
+        check_device(name, x, first.device)
+
+
+def check_integer(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}; takes a torch.Tensor")
     if tensor.dtype not in dtypes:
@@ -85,7 +102,8 @@ def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     float64 stays, as under torch's own rule.
     """
-    device_type = tensors[0].device.type
+    first = tensors[0]
+    device_type = "cpu" if first.is_cpu else first.device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

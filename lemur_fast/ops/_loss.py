@@ -33,6 +33,7 @@ from lemur_fast.ops._checks import (
     compute_dtype,
 )
 
+_LABELS = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -88,12 +89,13 @@ def _unwritten(logits: Tensor, want_stats: bool) -> TokenLoss:
     """Memory for what a kernel writes of every row, ignored ones included."""
     rows = logits.shape[0]
     stats = rows if want_stats else 0
+    lse = logits.new_empty(rows, dtype=torch.float32)
     return TokenLoss(
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(stats, dtype=torch.float32),
-        logits.new_empty(stats, dtype=torch.float32),
-        logits.new_empty(stats, dtype=torch.bool),
+        torch.empty_like(lse),
+        lse,
+        lse.new_empty(stats),
+        lse.new_empty(stats),
+        lse.new_empty(stats, dtype=torch.bool),
     )
 
 
@@ -173,28 +175,24 @@ def compiled_token_loss(
         out: memory for the result, which is then returned; None makes it.
     """
     result = _unwritten(logits, want_stats) if out is None else out
-    ignore_index, label_smoothing, z_loss, softcap = options
+    loss, lse, log_prob, entropy, correct = result
     labels = labels.contiguous()
     dloss = None if dloss is None else dloss.contiguous()
     kernels, where = _compiled.place(logits)
     kernels.cross_entropy_fwd(
-        logits=logits.data_ptr(),
-        logits_stride=logits.stride(0),
-        labels=labels.data_ptr(),
-        loss=result.loss.data_ptr(),
-        lse=result.lse.data_ptr(),
-        log_prob=result.log_prob.data_ptr() if want_stats else 0,
-        entropy=result.entropy.data_ptr() if want_stats else 0,
-        correct=result.correct.data_ptr() if want_stats else 0,
-        dloss=0 if dloss is None else dloss.data_ptr(),
-        dlogits=0 if grad_out is None else grad_out.data_ptr(),
-        rows=logits.shape[0],
-        cols=logits.shape[1],
-        dtype=_compiled.dtype_code(logits.dtype),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
+        logits.data_ptr(),
+        logits.stride()[0],
+        labels.data_ptr(),
+        loss.data_ptr(),
+        lse.data_ptr(),
+        log_prob.data_ptr() if want_stats else 0,
+        entropy.data_ptr() if want_stats else 0,
+        correct.data_ptr() if want_stats else 0,
+        0 if dloss is None else dloss.data_ptr(),
+        0 if grad_out is None else grad_out.data_ptr(),
+        *logits.shape,
+        *options,
+        _compiled.dtype_code(logits.dtype),
         **where,
     )
     return result
@@ -237,6 +235,16 @@ def loss_options(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str, num_items: object
 ) -> LossOptions:
     """Checks the numbers of a loss and gathers them."""
+    usual = (
+        type(ignore_index) is int
+        and type(label_smoothing) is type(z_loss) is float
+        and 0.0 <= label_smoothing <= 1.0
+        and z_loss >= 0.0
+        and softcap is num_items is None
+        and reduction in REDUCTIONS
+    )
+    if usual:
+        return LossOptions(ignore_index, label_smoothing, z_loss, 0.0)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {type(ignore_index).__name__}; takes an int")
     check_number("label_smoothing", label_smoothing)
@@ -258,7 +266,7 @@ def loss_options(
 
 
 def check_labels(labels: Tensor, weights: Tensor | None, tokens: int, device: torch.device) -> None:
-    check_integer("labels", labels, (torch.int64, torch.int32))
+    check_integer("labels", labels, _LABELS)
     check_shape("labels", labels, (tokens,), "one per row")
     check_device("labels", labels, device)
     if weights is not None:
@@ -278,36 +286,40 @@ def only_rows(labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
     return torch.where(listed[:tokens], labels, ignore_index)
 
 
-def sum_losses(
-    loss: Tensor, labels: Tensor, ignore_index: int, want_items: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and the number of trained tokens, at least 1, so that a mean over none of them is 0.
+def sum_losses(loss: Tensor, labels: Tensor, ignore_index: int, mean: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The sum of the losses and an empty tensor; or their mean and the number of trained tokens, by which it divided.
+
+    That number is at least 1, so that a mean over none of them is 0.
 
     Args:
         loss: ``[T]``, 0 where a token does not train.
         labels: ``[T]`` int64.
         ignore_index: label of a token that does not train.
-        want_items: whether they are counted; the second result is empty when not.
-        backend: that of the op. In plain torch these are six small operators, dearer than a small loss itself.
+        mean: whether the mean is wanted.
+        backend: that of the op. In plain torch these are seven small operators, dearer than a small loss itself.
     """
     if backend != "cpu":
-        items = trained_weight(labels, None, ignore_index, loss.dtype).clamp(min=1) if want_items else loss.new_empty(0)
-        return loss.sum(), items
-    total, items = empty_sum(loss, want_items)
+        if not mean:
+            return loss.sum(), loss.new_empty(0)
+        items = trained_weight(labels, None, ignore_index, loss.dtype).clamp(min=1)
+        return loss.sum() / items, items
+    total, items = empty_sum(loss, mean)
+    labels = labels.contiguous()
     _compiled.C.cpu.sum_losses(
-        loss=loss.data_ptr(),
-        labels=labels.contiguous().data_ptr(),
-        rows=loss.shape[0],
-        ignore_index=ignore_index,
-        total=total.data_ptr(),
-        items=items.data_ptr() if want_items else 0,
+        loss.data_ptr(),
+        labels.data_ptr(),
+        labels.shape[0],
+        ignore_index,
+        total.data_ptr(),
+        items.data_ptr() if mean else 0,
     )
     return total, items
 
 
-def empty_sum(loss: Tensor, want_items: bool) -> tuple[Tensor, Tensor]:
+def empty_sum(loss: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
     """Memory for what `sum_losses` returns, in the dtype of the losses."""
-    return loss.new_empty(()), loss.new_empty(() if want_items else 0)
+    total = loss.new_empty(())
+    return total, torch.empty_like(total) if mean else loss.new_empty(0)
 
 
 def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, trained_weight: Tensor | None) -> Tensor:
@@ -319,8 +331,15 @@ def divide_by_items(total: Tensor, num_items: Tensor | float | int | None, train
             return total / items
         items = torch.full_like(total, items)
     items = items.to(device=total.device, dtype=total.dtype).reshape(())
-    # Nothing trained: 0 / 1 has finite gradients. Losses over no items stay infinite: the count is wrong.
-    return total / (items + ((items == 0) & (total == 0)))
+    return total / divisor(total, items)
+
+
+def divisor(total: Tensor, items: Tensor) -> Tensor:
+    """`items`, but 1 where `total` is 0 over none: 0 / 1 has finite gradients.
+
+    Losses over no items stay infinite: the count is wrong.
+    """
+    return items + ((items == 0) & (total == 0))
 
 
 def trained_weight(labels: Tensor, weights: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ from lemur_fast.ops._checks import (
     check_count,
     check_device,
     check_dims,
-    check_float,
+    check_floats,
     check_integer,
     check_number,
     check_shape,
@@ -48,6 +48,7 @@ from lemur_fast.ops._checks import (
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
 MAX_HEAD_DIM = 256
+_INT32 = frozenset((torch.int32,))
 
 
 class AttentionOptions(NamedTuple):
@@ -223,49 +224,45 @@ def attention_backward_reference(
 # cu_seqlens, cu_seqlens_k, options) -> (dq, dk, dv)
 
 
-def _item(x: Tensor) -> tuple[int, int, int]:
-    """A tensor [tokens, heads, D] as the compiled part takes it."""
-    token, head, _ = x.stride()
-    return x.data_ptr(), token, head
-
-
-def _shape(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
-) -> dict[str, Any]:
-    """The arguments that forward and backward share. The tensors must outlive the call."""
-    query_tokens, q_heads, head_dim = q.shape
-    key_tokens, kv_heads, _ = k.shape
-    causal, window, softcap, scale = options
-    return {
-        "cu_seqlens": cu_seqlens.data_ptr(),
-        "cu_seqlens_k": cu_seqlens_k.data_ptr(),
-        "num_documents": cu_seqlens.numel() - 1,
-        "q": _item(q),
-        "k": _item(k),
-        "v": _item(v),
-        "lse": lse.data_ptr(),
-        "query_tokens": query_tokens,
-        "key_tokens": key_tokens,
-        "q_heads": q_heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "dtype": _compiled.dtype_code(q.dtype),
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-        "scale": scale,
-    }
+def _item(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """A tensor [tokens, heads, D] as the compiled part takes it, and what must outlive the call."""
+    token, head, column = x.stride()
+    if column != 1:
+        x = unit_stride(x)
+        token, head, _ = x.stride()
+    return x, (x.data_ptr(), token, head)
 
 
 def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
+    query_tokens, q_heads, head_dim = q.shape
+    key_tokens, kv_heads, _ = k.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
-    shape = _shape(q, k, v, lse, cu_seqlens, cu_seqlens_k, options)
-    _compiled.C.cpu.attention_fwd(out=out.data_ptr(), **shape)
+    lse = q.new_empty(q_heads, query_tokens, dtype=torch.float32)
+    q, q_item = _item(q)
+    k, k_item = _item(k)
+    v, v_item = _item(v)
+    shared = cu_seqlens_k is cu_seqlens
+    cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens_k = cu_seqlens if shared else cu_seqlens_k.contiguous()
+    _compiled.C.cpu.attention_fwd(
+        cu_seqlens.data_ptr(),
+        cu_seqlens_k.data_ptr(),
+        cu_seqlens.numel() - 1,
+        q_item,
+        k_item,
+        v_item,
+        out.data_ptr(),
+        lse.data_ptr(),
+        query_tokens,
+        key_tokens,
+        q_heads,
+        kv_heads,
+        head_dim,
+        *options,
+        _compiled.dtype_code(q.dtype),
+    )
     return out, lse
 
 
@@ -281,19 +278,37 @@ def _cpu_backward(
     cu_seqlens_k: Tensor,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
+    query_tokens, q_heads, head_dim = q.shape
+    key_tokens, kv_heads, _ = k.shape
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dout, dout_item = _item(dout)
+    q, q_item = _item(q)
+    k, k_item = _item(k)
+    v, v_item = _item(v)
+    out, out_item = _item(out)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     cu_seqlens, cu_seqlens_k = cu_seqlens.contiguous(), cu_seqlens_k.contiguous()
-    shape = _shape(q, k, v, lse, cu_seqlens, cu_seqlens_k, options)
     _compiled.C.cpu.attention_bwd(
-        dout=_item(dout),
-        dlse=0 if dlse is None else dlse.data_ptr(),
-        out=_item(out),
-        dq=dq.data_ptr(),
-        dk=dk.data_ptr(),
-        dv=dv.data_ptr(),
-        **shape,
+        cu_seqlens.data_ptr(),
+        cu_seqlens_k.data_ptr(),
+        cu_seqlens.numel() - 1,
+        dout_item,
+        0 if dlse is None else dlse.data_ptr(),
+        q_item,
+        k_item,
+        v_item,
+        out_item,
+        lse.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        query_tokens,
+        key_tokens,
+        q_heads,
+        kv_heads,
+        head_dim,
+        *options,
+        _compiled.dtype_code(q.dtype),
     )
     return dq, dk, dv
 
@@ -355,10 +370,8 @@ register_backend(
 # ---- registration and autograd ---------------------------------------------------------------------------------------
 
 
-def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int, backend: str) -> None:
-    """Raises for bounds that do not describe documents, where looking is free, done anyway, or asked for."""
-    if not cu_seqlens.is_cpu and backend != "reference" and not debug_enabled():
-        return
+def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises for bounds that do not describe documents; on a GPU this costs a sync."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"{name}: got {bounds[0]} at position 0; must start at 0")
@@ -367,6 +380,12 @@ def _check_boundaries(name: str, cu_seqlens: Tensor, tokens: int, backend: str) 
             raise ValueError(f"{name}: got {high} after {low} at position {at}; must not decrease")
     if bounds[-1] > tokens:
         raise ValueError(f"{name}: got {bounds[-1]} as its last value; takes at most {tokens}, the number of tokens")
+
+
+def _check_documents(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> None:
+    _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0])
+    if cu_seqlens_k is not cu_seqlens or k.shape[0] != q.shape[0]:
+        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0])
 
 
 def _attention(
@@ -381,11 +400,18 @@ def _attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_boundaries("cu_seqlens", cu_seqlens, q.shape[0], backend)
-    if cu_seqlens_k is not cu_seqlens or k.shape[0] != q.shape[0]:
-        _check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0], backend)
+    forward = implementation("attention", backend, "forward")
     options = AttentionOptions(causal, window, softcap, scale)
-    return implementation("attention", backend, "forward")(q, k, v, cu_seqlens, cu_seqlens_k, options)
+    if backend == "cpu":
+        try:
+            return forward(q, k, v, cu_seqlens, cu_seqlens_k, options)
+        except ValueError:  # the kernel looks at the bounds before it runs; here it is said what is wrong with them
+            _check_documents(q, k, cu_seqlens, cu_seqlens_k)
+            raise
+    # Where looking is free, done anyway, or asked for.
+    if cu_seqlens.is_cpu or backend == "reference" or debug_enabled():
+        _check_documents(q, k, cu_seqlens, cu_seqlens_k)
+    return forward(q, k, v, cu_seqlens, cu_seqlens_k, options)
 
 
 def _attention_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -496,33 +522,32 @@ def attention(
         ValueError: a shape, device or option does not fit; on the CPU (elsewhere under ``LEMUR_FAST_DEBUG=1``) also
             `cu_seqlens` that decreases or passes the number of tokens.
     """
-    check_float("q", q)
-    check_float("k", k)
-    check_float("v", v)
-    device = q.device
-    check_device("k", k, device)
-    check_device("v", v, device)
-    check_dims("q", q, "[T, Hq, D]")
-    check_dims("k", k, "[S, Hk, D]")
-    tokens, heads, head_dim = q.shape
-    key_tokens, kv_heads, _ = k.shape
+    check_floats(("q", "k", "v"), q, k, v)
+    device, q_shape, k_shape = q.device, q.shape, k.shape
+    if len(q_shape) != 3 or len(k_shape) != 3:
+        check_dims("q", q, "[T, Hq, D]")
+        check_dims("k", k, "[S, Hk, D]")
+    tokens, heads, head_dim = q_shape
+    key_tokens, kv_heads, width = k_shape
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: got head dimension {head_dim}; takes 1 to {MAX_HEAD_DIM}")
-    check_shape("k", k, (key_tokens, kv_heads, head_dim), "the head dimension of q")
+    if width != head_dim:
+        check_shape("k", k, (key_tokens, kv_heads, head_dim), "the head dimension of q")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: got {kv_heads} heads; must divide the {heads} heads of q")
-    check_shape("v", v, k.shape, "the shape of k")
-    check_integer("cu_seqlens", cu_seqlens, (torch.int32,))
-    check_dims("cu_seqlens", cu_seqlens, "[num_docs + 1]")
-    check_device("cu_seqlens", cu_seqlens, device)
-    if not cu_seqlens.numel():
-        raise ValueError("cu_seqlens: got shape [0]; takes [num_docs + 1]")
+    if v.shape != k_shape:
+        check_shape("v", v, k_shape, "the shape of k")
+    bounds = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype == torch.int32 and cu_seqlens.device == device
+    if not bounds or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
+        check_integer("cu_seqlens", cu_seqlens, _INT32)
+        check_device("cu_seqlens", cu_seqlens, device)
+        raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}; takes [num_docs + 1]")
     if cu_seqlens_k is None:
         if key_tokens != tokens:
             raise ValueError(f"k: got {key_tokens} tokens; takes {tokens}, as q has, unless cu_seqlens_k is given")
         cu_seqlens_k = cu_seqlens
     else:
-        check_integer("cu_seqlens_k", cu_seqlens_k, (torch.int32,))
+        check_integer("cu_seqlens_k", cu_seqlens_k, _INT32)
         check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, "the shape of cu_seqlens")
         check_device("cu_seqlens_k", cu_seqlens_k, device)
     if window is not None:
@@ -532,24 +557,25 @@ def attention(
     if softcap is not None:
         check_number("softcap", softcap, positive=True)
     q, k, v = to_autocast_dtype(q, k, v)
-    if k.dtype != q.dtype:
-        raise ValueError(f"k: got dtype {k.dtype}; takes {q.dtype}, the dtype of q")
-    if v.dtype != q.dtype:
-        raise ValueError(f"v: got dtype {v.dtype}; takes {q.dtype}, the dtype of q")
+    dtype = q.dtype
+    if not k.dtype == v.dtype == dtype:
+        name, other = ("v", v) if k.dtype == dtype else ("k", k)
+        raise ValueError(f"{name}: got dtype {other.dtype}; takes {dtype}, the dtype of q")
+    window, softcap = window or 0, softcap or 0.0
     backend = choose(
         "attention",
-        q.device,
-        q.dtype,
+        device,
+        dtype,
         q.numel(),
         wants_grad(q, k, v),
         head_dim=head_dim,
         causal=causal,
-        window=window or 0,
-        softcap=softcap or 0.0,
+        window=window,
+        softcap=softcap,
         return_lse=return_lse,
     )
     scale = head_dim**-0.5 if scale is None else float(scale)
     out, lse = torch.ops.lemur_fast.attention(
-        q, k, v, cu_seqlens, cu_seqlens_k, causal, window or 0, softcap or 0.0, scale, backend
+        q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale, backend
     )
     return (out, lse) if return_lse else out

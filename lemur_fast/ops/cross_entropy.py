@@ -108,16 +108,16 @@ def _cross_entropy_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> Toke
 
 
 def _sum(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    options, (want_items, want_stats, backend) = LossOptions(*arguments[:4]), arguments[4:]
+    options, (mean, want_stats, backend) = LossOptions(*arguments[:4]), arguments[4:]
     labels = labels.long()
     losses = _token_loss(logits, labels, options, want_stats, backend)
-    return *sum_losses(losses.loss, labels, options.ignore_index, want_items, backend), *losses[1:]
+    return *sum_losses(losses.loss, labels, options.ignore_index, mean, backend), *losses[1:]
 
 
 def _sum_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    want_items, want_stats, _ = arguments[-3:]
+    mean, want_stats, _ = arguments[-3:]
     loss, *rest = empty_token_loss(logits, logits.shape[0], want_stats)
-    return *empty_sum(loss, want_items), *rest
+    return *empty_sum(loss, mean), *rest
 
 
 def _cross_entropy_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
@@ -138,7 +138,7 @@ define(
 )
 define(
     "cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss,"
-    " float softcap, bool want_items, bool want_stats, str backend)"
+    " float softcap, bool mean, bool want_stats, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sum,
     _sum_fake,
@@ -158,19 +158,22 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
-    logits, labels, lse = ctx.saved_tensors
+    logits, labels, lse = ctx.saved_tensors[:3]
     dlogits = torch.ops.lemur_fast.cross_entropy_bwd(dloss, logits, labels, lse, *ctx.options, ctx.backend)
     return dlogits, None, None, None, None, None, None, None
 
 
 def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, labels, *ctx.options, _, _, ctx.backend = inputs
-    ctx.save_for_backward(logits, labels, output[2])
+    logits, labels, *ctx.options, ctx.mean, _, ctx.backend = inputs
+    _, items, lse, *_ = output
+    ctx.save_for_backward(logits, labels, lse, items)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
-    return *_backward(ctx, dtotal.expand(ctx.saved_tensors[0].shape[0])), None
+    logits, *_, items = ctx.saved_tensors
+    dloss = dtotal / items if ctx.mean else dtotal
+    return *_backward(ctx, dloss.expand(logits.shape[0])), None
 
 
 differentiable("cross_entropy", _backward, _save)
@@ -219,12 +222,13 @@ def cross_entropy(
         ValueError: a shape, device or option does not fit; on the CPU also a label outside the vocabulary.
     """
     check_float("logits", logits)
-    check_dims("logits", logits, "[T, V]")
-    if logits.shape[1] == 0:
-        raise ValueError(f"logits: got shape {list(logits.shape)}; takes [T, V] with V > 0")
-    check_labels(labels, weights, logits.shape[0], logits.device)
+    device, shape = logits.device, logits.shape
+    if len(shape) != 2 or shape[1] == 0:
+        check_dims("logits", logits, "[T, V]")
+        raise ValueError(f"logits: got shape {list(shape)}; takes [T, V] with V > 0")
+    check_labels(labels, weights, shape[0], device)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
-    backend = choose("cross_entropy", logits.device, logits.dtype, logits.numel(), wants_grad(logits))
+    backend = choose("cross_entropy", device, logits.dtype, logits.numel(), wants_grad(logits))
     if reduction == "none" or weights is not None:
         loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
         if weights is not None:
@@ -236,10 +240,8 @@ def cross_entropy(
             items = trained_weight(labels, weights, ignore_index, loss.dtype) if num_items is None else None
             loss = divide_by_items(loss, num_items, items)
     else:
-        count = reduction == "mean" and num_items is None
-        loss, items, *stats = torch.ops.lemur_fast.cross_entropy_sum(
-            logits, labels, *options, count, return_stats, backend
-        )
-        if reduction == "mean":
-            loss = loss / items if count else divide_by_items(loss, num_items, None)
+        mean = reduction == "mean" and num_items is None
+        loss, _, *stats = torch.ops.lemur_fast.cross_entropy_sum(logits, labels, *options, mean, return_stats, backend)
+        if num_items is not None:
+            loss = divide_by_items(loss, num_items, None)
     return (loss, LossStats(*stats)) if return_stats else loss

@@ -30,7 +30,7 @@ from lemur_fast.ops._checks import (
     check_count,
     check_device,
     check_dims,
-    check_float,
+    check_floats,
     check_integer,
     check_shape,
     compute_dtype,
@@ -44,6 +44,7 @@ from lemur_fast.ops._loss import (
     check_labels,
     compiled_token_loss,
     divide_by_items,
+    divisor,
     empty_sum,
     empty_token_loss,
     loss_options,
@@ -96,7 +97,7 @@ def _empty_gradients(layer: Layer, wanted: Wanted) -> Gradients:
     wide = compute_dtype(hidden.dtype)
     return Gradients(
         hidden.new_empty(hidden.shape if wanted.hidden else 0),
-        hidden.new_empty(weight.T.shape if wanted.weight else (0, 0), dtype=wide).T,
+        hidden.new_empty(weight.T.shape, dtype=wide).T if wanted.weight else hidden.new_empty(0, 0, dtype=wide),
         hidden.new_empty(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
 
@@ -166,48 +167,41 @@ def _cpu_run(
 ) -> tuple[TokenLoss, Gradients]:
     layer = layer.in_dtype_of_hidden()
     hidden, weight, bias = layer
-    tokens, vocab = hidden.shape[0], weight.shape[0]
-    losses = empty_token_loss(hidden, tokens, want_stats)
-    gradients = _empty_gradients(layer, wanted)
-    labels, trained = labels.contiguous(), labels.new_empty(tokens)
-    count = _compiled.C.cpu.trained_rows(
-        labels=labels.data_ptr(),
-        rows=tokens,
-        vocab=vocab,
-        ignore_index=options.ignore_index,
-        out=trained.data_ptr(),
-    )
+    (tokens, _), (vocab, _) = hidden.shape, weight.shape
+    labels = labels.contiguous()
+    trained = torch.empty_like(labels)
+    count = _compiled.C.cpu.trained_rows(labels.data_ptr(), tokens, vocab, options.ignore_index, trained.data_ptr())
     most = chunk_tokens or max(256, _CHUNK_LOGITS // vocab)
+    gradients = _empty_gradients(layer, wanted)
+    if 0 < count == tokens <= most:
+        return _cpu_run_at_once(layer, labels, options, want_stats, dloss, wanted, gradients), gradients
+    losses = empty_token_loss(hidden, tokens, want_stats)
     if count < tokens:
         gradients.hidden.zero_()
     if not count:
         gradients.weight.zero_()
         gradients.bias.zero_()
         return losses, gradients
-    all_at_once = count == tokens <= most  # then nothing is gathered, and nothing put back
-    chunks = (trained,) if all_at_once else _chunks(trained[:count], most)
+    chunks = _chunks(trained[:count], most)
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
-    product = None
-    if wanted.weight:
-        product = weight.new_empty(weight.shape[1] * min(vocab, _PRODUCT_COLUMNS))
+    product = _memory_of_product(weight) if wanted.weight else None
     for number, chunk_rows in enumerate(chunks):
-        logits = memory if all_at_once else memory[: chunk_rows.numel()]
-        hidden_rows = hidden if all_at_once else hidden[chunk_rows]
+        logits = memory[: chunk_rows.numel()]
+        hidden_rows = hidden[chunk_rows]
         if bias is None:
             torch.mm(hidden_rows, weight.T, out=logits)
         else:
             torch.addmm(bias, hidden_rows, weight.T, out=logits)
         chunk = compiled_token_loss(
             logits,
-            labels if all_at_once else labels[chunk_rows],
+            labels[chunk_rows],
             options,
             want_stats,
             None if dloss is None else dloss[chunk_rows].float(),
             grad_out=logits if any(wanted) else None,
-            out=losses if all_at_once else None,
         )
-        for whole, part in () if all_at_once else zip(losses, chunk, strict=True):
+        for whole, part in zip(losses, chunk, strict=True):
             if whole.numel():
                 whole[chunk_rows] = part
         if wanted.hidden:
@@ -217,6 +211,33 @@ def _cpu_run(
         if wanted.bias:
             _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=number == 0)
     return losses, gradients
+
+
+def _cpu_run_at_once(
+    layer: Layer,
+    labels: Tensor,
+    options: LossOptions,
+    want_stats: bool,
+    dloss: Tensor | None,
+    wanted: Wanted,
+    gradients: Gradients,
+) -> TokenLoss:
+    """`_cpu_run` where all rows train and are one chunk: nothing is gathered, and nothing put back."""
+    hidden, weight, bias = layer
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    dlogits = logits if any(wanted) else None
+    losses = compiled_token_loss(logits, labels, options, want_stats, None if dloss is None else dloss.float(), dlogits)
+    if wanted.hidden:
+        torch.mm(logits, weight, out=gradients.hidden)
+    if wanted.weight:
+        _add_product(gradients.weight.T, hidden.T.contiguous(), logits, _memory_of_product(weight), first=True)
+    if wanted.bias:
+        _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=True)
+    return losses
+
+
+def _memory_of_product(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[1] * min(weight.shape[0], _PRODUCT_COLUMNS))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, memory: Tensor, first: bool) -> None:
@@ -433,30 +454,30 @@ def _sum(
     chunk_tokens: int | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *options, want_items, want_stats, want_hidden, want_weight, want_bias, backend = arguments
-    checked = LossOptions(*options)
+    checked, mean, want_stats = LossOptions(*arguments[:4]), arguments[4], arguments[5]
+    wanted, backend = Wanted(*arguments[6:9]), arguments[9]
     if backend != "cpu" or rows is not None:  # it looks at what it projects
         check_label_values(labels, weight.shape[0], checked.ignore_index)
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
-    wanted = Wanted(want_hidden, want_weight, want_bias)
     layer = Layer(hidden, weight, bias)
     losses, gradients = run(layer, labels, rows, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
     if weights is None:
-        return *sum_losses(loss, labels, checked.ignore_index, want_items, backend), *losses[1:], *gradients
+        return *sum_losses(loss, labels, checked.ignore_index, mean, backend), *losses[1:], *gradients
     loss = torch.where(labels != checked.ignore_index, loss * weights.to(loss.dtype), 0.0)
-    items = loss.new_empty(0)
-    if want_items:
-        items = trained_weight(labels, weights, checked.ignore_index, loss.dtype)
-    return loss.sum(), items, *losses[1:], *gradients
+    total, items = loss.sum(), loss.new_empty(0)
+    if mean:
+        items = divisor(total, trained_weight(labels, weights, checked.ignore_index, loss.dtype))
+        total = total / items
+    return total, items, *losses[1:], *gradients
 
 
 def _sum_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    want_items, want_stats, *wanted, _ = arguments[-6:]
+    mean, want_stats, *wanted, _ = arguments[-6:]
     loss, *rest = empty_token_loss(hidden, hidden.shape[0], want_stats)
     gradients = _empty_gradients(Layer(hidden, weight, None), Wanted(*wanted))
-    return *empty_sum(loss, want_items), *rest, *gradients
+    return *empty_sum(loss, mean), *rest, *gradients
 
 
 def _sum_bwd(
@@ -495,7 +516,7 @@ define(
     _tokens_bwd_fake,
 )
 define(
-    f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool want_items, bool want_stats, {_WANTED})"
+    f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool mean, bool want_stats, {_WANTED})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sum,
     _sum_fake,
@@ -531,15 +552,16 @@ def _backward_tokens(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
 
 def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, *_ = inputs
-    ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, inputs[-1]
-    ctx.save_for_backward(hidden, weight, *output[-3:])
+    ctx.bias_dtype, ctx.mean, ctx.backend = None if bias is None else bias.dtype, inputs[-6], inputs[-1]
+    ctx.save_for_backward(hidden, weight, output[1], *output[-3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
-    hidden, weight, *unscaled = ctx.saved_tensors
+    hidden, weight, items, *unscaled = ctx.saved_tensors
+    factor = dtotal / items if ctx.mean else dtotal
     dhidden, dweight, dbias = torch.ops.lemur_fast.linear_cross_entropy_sum_bwd(
-        dtotal, *unscaled, hidden, weight, ctx.backend
+        factor, *unscaled, hidden, weight, ctx.backend
     )
     wanted = ctx.needs_input_grad[:3]
     return (
@@ -604,39 +626,42 @@ def linear_cross_entropy(
         TypeError: a tensor has the wrong dtype.
         ValueError: a shape, device or option does not fit; on the CPU also a label outside the vocabulary.
     """
-    check_float("hidden", hidden)
-    check_float("weight", weight)
-    check_dims("hidden", hidden, "[T, H]")
-    check_dims("weight", weight, "[V, H]")
-    tokens, width = hidden.shape
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {list(weight.shape)}; takes [V, H] with V > 0")
-    check_shape("weight", weight, (weight.shape[0], width), "the width of hidden")
-    check_device("weight", weight, hidden.device)
+    if bias is None:
+        check_floats(("hidden", "weight"), hidden, weight)
+    else:
+        check_floats(("hidden", "weight", "bias"), hidden, weight, bias)
+    device, shape, of_weight = hidden.device, hidden.shape, weight.shape
+    if len(shape) != 2 or len(of_weight) != 2:
+        check_dims("hidden", hidden, "[T, H]")
+        check_dims("weight", weight, "[V, H]")
+    (tokens, width), (vocab, depth) = shape, of_weight
+    if vocab == 0:
+        raise ValueError(f"weight: got shape {list(of_weight)}; takes [V, H] with V > 0")
+    if depth != width:
+        check_shape("weight", weight, (vocab, width), "the width of hidden")
     if bias is not None:
-        check_float("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],), "one per row of weight")
-        check_device("bias", bias, hidden.device)
+        check_shape("bias", bias, (vocab,), "one per row of weight")
         if bias.dtype != weight.dtype:
             raise ValueError(f"bias: got dtype {bias.dtype}; takes {weight.dtype}, the dtype of weight")
-    check_labels(labels, weights, tokens, hidden.device)
+    check_labels(labels, weights, tokens, device)
     if rows is not None:
         check_integer("rows", rows, (torch.int32, torch.int64))
         check_dims("rows", rows, "[R]")
-        check_device("rows", rows, hidden.device)
+        check_device("rows", rows, device)
     if chunk_tokens is not None:
         check_count("chunk_tokens", chunk_tokens)
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     (hidden,) = to_autocast_dtype(hidden)
-    if weight.dtype not in (hidden.dtype, torch.float32):
-        raise ValueError(f"weight: got dtype {weight.dtype}; takes {hidden.dtype}, the dtype of hidden, or float32")
+    dtype = hidden.dtype
+    if weight.dtype != dtype and weight.dtype != torch.float32:
+        raise ValueError(f"weight: got dtype {weight.dtype}; takes {dtype}, the dtype of hidden, or float32")
     wants_grad = torch.is_grad_enabled()
-    wanted = Wanted(
+    wanted = (
         wants_grad and hidden.requires_grad,
         wants_grad and weight.requires_grad,
         wants_grad and bias is not None and bias.requires_grad,
     )
-    backend = choose("linear_cross_entropy", hidden.device, hidden.dtype, hidden.numel(), any(wanted))
+    backend = choose("linear_cross_entropy", device, dtype, hidden.numel(), any(wanted))
     weights_want_grad = wants_grad and weights is not None and weights.requires_grad
     if reduction == "none" or weights_want_grad:
         loss, *stats = torch.ops.lemur_fast.linear_cross_entropy(
@@ -651,13 +676,10 @@ def linear_cross_entropy(
             items = trained_weight(counted, weights, ignore_index, loss.dtype) if num_items is None else None
             loss = divide_by_items(loss, num_items, items)
     else:
-        count = reduction == "mean" and num_items is None
-        loss, items, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
-            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, count, return_stats, *wanted, backend
+        mean = reduction == "mean" and num_items is None
+        loss, _, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
+            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, mean, return_stats, *wanted, backend
         )
-        stats = stats[:4]
-        if count and weights is None:
-            loss = loss / items
-        elif reduction == "mean":
-            loss = divide_by_items(loss, num_items, items)
-    return (loss, LossStats(*stats)) if return_stats else loss
+        if num_items is not None:
+            loss = divide_by_items(loss, num_items, None)
+    return (loss, LossStats(*stats[:4])) if return_stats else loss

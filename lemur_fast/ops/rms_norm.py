@@ -23,8 +23,7 @@ from torch import Tensor
 from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import (
-    check_device,
-    check_float,
+    check_floats,
     check_number,
     check_shape,
     compute_dtype,
@@ -74,25 +73,29 @@ def _weight_for(x: Tensor, weight: Tensor) -> Tensor:
 
 def _compiled_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = x.shape
-    y = x.new_empty((rows, cols), dtype=torch.promote_types(x.dtype, weight.dtype))
+    dtype, of_weight = x.dtype, weight.dtype
+    if dtype == of_weight:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        y = x.new_empty(rows, cols, dtype=torch.promote_types(dtype, of_weight))
+        weight = _weight_for(x, weight)
     rstd = x.new_empty(rows, dtype=torch.float32)
     h = rstd if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    weight = _weight_for(x, weight)
     kernels, where = _compiled.place(x)
     kernels.rms_norm_fwd(
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        residual=0 if residual is None else residual.data_ptr(),
-        residual_stride=0 if residual is None else residual.stride(0),
-        weight=weight.data_ptr(),
-        y=y.data_ptr(),
-        h=0 if residual is None else h.data_ptr(),
-        rstd=rstd.data_ptr(),
-        rows=rows,
-        cols=cols,
-        eps=eps,
-        x_dtype=_compiled.dtype_code(x.dtype),
-        w_dtype=_compiled.dtype_code(weight.dtype),
+        x.data_ptr(),
+        x.stride()[0],
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride()[0],
+        weight.data_ptr(),
+        y.data_ptr(),
+        0 if residual is None else h.data_ptr(),
+        rstd.data_ptr(),
+        rows,
+        cols,
+        eps,
+        _compiled.dtype_code(dtype),
+        _compiled.dtype_code(weight.dtype),
         **where,
     )
     return y, h, rstd
@@ -243,8 +246,8 @@ once_differentiable("rms_norm_bwd")
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[rows, H]``; no view where none is needed, which would cost more than all checks."""
-    return x if x.dim() == 2 else x.reshape(-1 if x.numel() else 0, x.shape[-1])
+    """``[rows, H]``; to be spared where x is that, because a view costs more than all checks."""
+    return x.reshape(-1 if x.numel() else 0, x.shape[-1])
 
 
 @overload
@@ -274,25 +277,28 @@ def rms_norm(
         TypeError: a tensor is not of a float dtype.
         ValueError: shapes or devices do not fit.
     """
-    check_float("x", x)
-    check_float("weight", weight)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: got shape {list(x.shape)}; takes [..., H] with H > 0")
-    check_shape("weight", weight, (x.shape[-1],), "the last dimension of x")
-    check_device("weight", weight, x.device)
+    if residual is None:
+        check_floats(("x", "weight"), x, weight)
+    else:
+        check_floats(("x", "weight", "residual"), x, weight, residual)
+    shape, flat = x.shape, x.ndim == 2
+    if len(shape) == 0 or shape[-1] == 0:
+        raise ValueError(f"x: got shape {list(shape)}; takes [..., H] with H > 0")
+    check_shape("weight", weight, shape[-1:], "the last dimension of x")
     check_number("eps", eps)
     if residual is None:
         backend = choose("rms_norm", x.device, x.dtype, x.numel(), wants_grad(x, weight), weight_dtype=weight.dtype)
-        y, _ = torch.ops.lemur_fast.rms_norm(_rows(x), weight, eps, backend)
-        return y if x.dim() == 2 else y.reshape(x.shape)
-    check_float("residual", residual)
-    check_shape("residual", residual, x.shape, "the shape of x")
-    check_device("residual", residual, x.device)
+        y, _ = torch.ops.lemur_fast.rms_norm(x if flat else _rows(x), weight, eps, backend)
+        return y if flat else y.reshape(shape)
+    check_shape("residual", residual, shape, "the shape of x")
     # Under autocast the stream is float32 and x comes from a bfloat16 product: their sum is float32, as in torch.
-    dtype = torch.promote_types(x.dtype, residual.dtype)
+    dtype = x.dtype
+    if residual.dtype != dtype:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     backend = choose("rms_norm", x.device, dtype, x.numel(), wants_grad(x, weight, residual), weight_dtype=weight.dtype)
-    x_rows = _rows(x if x.dtype == dtype else x.to(dtype))
-    residual_rows = _rows(residual if residual.dtype == dtype else residual.to(dtype))
-    y, h, _ = torch.ops.lemur_fast.add_rms_norm(x_rows, residual_rows, weight, eps, backend)
-    # No view of h where none is needed: FSDP2 warns of layers that return views.
-    return (y, h) if x.dim() == 2 else (y.reshape(x.shape), h.reshape(x.shape))
+    if flat:  # No views where none are needed: FSDP2 warns of layers that return views.
+        y, h, _ = torch.ops.lemur_fast.add_rms_norm(x, residual, weight, eps, backend)
+        return y, h
+    y, h, _ = torch.ops.lemur_fast.add_rms_norm(_rows(x), _rows(residual), weight, eps, backend)
+    return y.reshape(shape), h.reshape(shape)

@@ -22,9 +22,8 @@ from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import (
     check_constant,
-    check_device,
     check_dims,
-    check_float,
+    check_floats,
     check_shape,
     compute_dtype,
     unit_stride,
@@ -92,25 +91,26 @@ def _rotate(
     # Kernels are built for tables of one dtype with x and y, and for float32, which has the values of all.
     if not q.dtype == cos.dtype == dtype:
         cos, sin = cos.float(), sin.float()
-    if q.shape[2]:
+    tokens, heads, head_dim = q.shape
+    if head_dim:
         kernels, where = _compiled.place(q)
         kernels.rotary(
-            items=[
-                (q.data_ptr(), *q.stride()[:2], q_out.data_ptr(), q.shape[1]),
+            [
+                (q.data_ptr(), *q.stride()[:2], q_out.data_ptr(), heads),
                 (k.data_ptr(), *k.stride()[:2], k_out.data_ptr(), k.shape[1]),
             ],
-            cos=cos.data_ptr(),
-            cos_stride=cos.stride(0),
-            sin=sin.data_ptr(),
-            sin_stride=sin.stride(0),
-            columns=cos.shape[1],
-            tokens=q.shape[0],
-            head_dim=q.shape[2],
-            interleaved=interleaved,
-            backward=backward,
-            x_dtype=_compiled.dtype_code(q.dtype),
-            y_dtype=_compiled.dtype_code(dtype),
-            table_dtype=_compiled.dtype_code(cos.dtype),
+            cos.data_ptr(),
+            cos.stride()[0],
+            sin.data_ptr(),
+            sin.stride()[0],
+            cos.shape[1],
+            tokens,
+            head_dim,
+            interleaved,
+            backward,
+            _compiled.dtype_code(q.dtype),
+            _compiled.dtype_code(dtype),
+            _compiled.dtype_code(cos.dtype),
             **where,
         )
     return q_out, k_out
@@ -221,30 +221,27 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
         TypeError: a tensor is not of a float dtype.
         ValueError: shapes, dtypes or devices do not fit, or cos or sin requires a gradient.
     """
-    check_float("q", q)
-    check_float("k", k)
-    check_float("cos", cos)
-    check_float("sin", sin)
-    device = q.device
-    check_device("k", k, device)
-    check_device("cos", cos, device)
-    check_device("sin", sin, device)
-    check_dims("q", q, "[T, Hq, D]")
-    check_dims("k", k, "[T, Hk, D]")
-    tokens, _, head_dim = q.shape
+    check_floats(("q", "k", "cos", "sin"), q, k, cos, sin)
+    q_shape, k_shape, cos_shape = q.shape, k.shape, cos.shape
+    if len(q_shape) != 3 or len(k_shape) != 3:
+        check_dims("q", q, "[T, Hq, D]")
+        check_dims("k", k, "[T, Hk, D]")
+    tokens, _, head_dim = q_shape
     if head_dim % 2:
         raise ValueError(f"q: got head dimension {head_dim}; must be even")
-    check_shape("k", k, (tokens, k.shape[1], head_dim), "tokens and head dimension of q")
-    if k.dtype != q.dtype:
-        raise ValueError(f"k: got dtype {k.dtype}; takes {q.dtype}, the dtype of q")
-    if cos.dim() != 2 or cos.shape[1] not in (head_dim, head_dim // 2) or cos.shape[0] != tokens:
+    if k_shape[0] != tokens or k_shape[2] != head_dim:
+        check_shape("k", k, (tokens, k_shape[1], head_dim), "tokens and head dimension of q")
+    dtype, table_dtype = q.dtype, cos.dtype
+    if k.dtype != dtype:
+        raise ValueError(f"k: got dtype {k.dtype}; takes {dtype}, the dtype of q")
+    if len(cos_shape) != 2 or cos_shape[1] not in (head_dim, head_dim // 2) or cos_shape[0] != tokens:
         raise ValueError(
-            f"cos: got shape {list(cos.shape)}; takes [{tokens}, {head_dim}] or [{tokens}, {head_dim // 2}]"
+            f"cos: got shape {list(cos_shape)}; takes [{tokens}, {head_dim}] or [{tokens}, {head_dim // 2}]"
         )
-    check_shape("sin", sin, cos.shape, "the shape of cos")
-    if sin.dtype != cos.dtype:
-        raise ValueError(f"sin: got dtype {sin.dtype}; takes {cos.dtype}, the dtype of cos")
+    check_shape("sin", sin, cos_shape, "the shape of cos")
+    if sin.dtype != table_dtype:
+        raise ValueError(f"sin: got dtype {sin.dtype}; takes {table_dtype}, the dtype of cos")
     check_constant("cos", cos)
     check_constant("sin", sin)
-    backend = choose("rotary", q.device, q.dtype, q.numel(), wants_grad(q, k), table_dtype=cos.dtype)
+    backend = choose("rotary", q.device, dtype, q.numel(), wants_grad(q, k), table_dtype=table_dtype)
     return torch.ops.lemur_fast.rotary(q, k, cos, sin, interleaved, backend)

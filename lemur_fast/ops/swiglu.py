@@ -20,8 +20,7 @@ from torch.nn import functional
 from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any, wants_grad
 from lemur_fast.ops._checks import (
-    check_device,
-    check_float,
+    check_floats,
     check_shape,
     compute_dtype,
     to_autocast_dtype,
@@ -63,14 +62,13 @@ def _compiled_forward(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel():
         kernels, where = _compiled.place(gate)
         kernels.swiglu_fwd(
-            gate=gate.data_ptr(),
-            gate_stride=gate.stride(0),
-            up=up.data_ptr(),
-            up_stride=up.stride(0),
-            y=y.data_ptr(),
-            rows=gate.shape[0],
-            cols=gate.shape[1],
-            dtype=_compiled.dtype_code(gate.dtype),
+            gate.data_ptr(),
+            gate.stride()[0],
+            up.data_ptr(),
+            up.stride()[0],
+            y.data_ptr(),
+            *gate.shape,
+            _compiled.dtype_code(gate.dtype),
             **where,
         )
     return y
@@ -168,12 +166,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         TypeError: a tensor is not of a float dtype.
         ValueError: shapes, dtypes or devices do not fit.
     """
-    check_float("gate", gate)
-    check_float("up", up)
+    check_floats(("gate", "up"), gate, up)
     check_shape("up", up, gate.shape, "the shape of gate")
-    check_device("up", up, gate.device)
     gate, up = to_autocast_dtype(gate, up)
-    if up.dtype != gate.dtype:
-        raise ValueError(f"up: got dtype {up.dtype}; takes {gate.dtype}, the dtype of gate")
-    backend = choose("swiglu", gate.device, gate.dtype, gate.numel(), wants_grad(gate, up))
+    dtype = gate.dtype
+    if up.dtype != dtype:
+        raise ValueError(f"up: got dtype {up.dtype}; takes {dtype}, the dtype of gate")
+    backend = choose("swiglu", gate.device, dtype, gate.numel(), wants_grad(gate, up))
     return torch.ops.lemur_fast.swiglu(gate, up, backend)

@@ -237,9 +237,9 @@ class _Kernels:
     def __getattr__(self, name: str) -> Callable:
         function = getattr(module(), name)
 
-        def call(**arguments: Any) -> Any:
+        def call(*given: Any, **arguments: Any) -> Any:
             try:
-                return function(**arguments)
+                return function(*given, **arguments)
             except RuntimeError:
                 if self.raised:
                     raise self.raised.pop() from None
