@@ -99,8 +99,10 @@ def find_cuda() -> tuple[str, list[str]]:
     known = re.findall(r"\bsm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))
     asked = re.findall(r"[^\s,;]+", os.environ.get("LEMUR_FAST_CUDA_ARCHS", ""))
     for arch in asked:
-        # nvcc lists 90, and takes its variants 90a and 100f without listing them.
-        if arch.rstrip("af") not in known:
+        # nvcc lists 90 and 100, and takes their variants 90a and 100f without listing them.
+        variant = re.fullmatch(r"(\d+)([af]?)", arch)
+        oldest = {"": 0, "a": 90, "f": 100}
+        if not variant or variant[1] not in known or int(variant[1]) < oldest[variant[2]]:
             raise SystemExit(
                 f"lemur_fast: LEMUR_FAST_CUDA_ARCHS: got {arch}; "
                 f"{nvcc} of CUDA {version[1]}.{version[2]} takes {', '.join(known)}"

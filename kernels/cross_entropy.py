@@ -83,10 +83,11 @@ def forward_kernel(
             shrink = tl.math.exp2((largest - base) * LOG2E)
             weight = tl.math.exp2((x - base[:, None]) * LOG2E)
             if STATS:
-                # sum w' (x - high) = shrink * (sum w (x - largest) + (largest - high) * sum w)
+                # sum w' (x - high) = shrink * (sum w (x - largest) + (largest - high) * sum w); where all shrinks to
+                # nothing, as under a mask of the least float, the second factor may be infinite.
                 moved = tl.where(total > 0.0, (largest - base) * total, 0.0)
                 here = tl.where(weight > 0.0, weight * (x - base[:, None]), 0.0)
-                products = shrink * (products + moved) + tl.sum(here, 1)
+                products = tl.where(shrink > 0.0, shrink * (products + moved), 0.0) + tl.sum(here, 1)
             total = total * shrink + tl.sum(weight, 1)
             largest = high
         of_label = _capped(tl.load(row_logits + label, mask=known, other=0.0), softcap, SOFTCAP)
@@ -95,7 +96,7 @@ def forward_kernel(
     shrink = tl.math.exp2((largest - base) * LOG2E)
     if STATS:
         moved = tl.where(total > 0.0, (largest - base) * total, 0.0)
-        product = tl.sum(shrink * (products + moved), 0)
+        product = tl.sum(tl.where(shrink > 0.0, shrink * (products + moved), 0.0), 0)
     sum_all = tl.sum(total * shrink, 0)
     log_sum = tl.math.log2(sum_all) * LN2
     row_lse = high + log_sum

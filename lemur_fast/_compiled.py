@@ -85,8 +85,8 @@ def processors(device: int) -> int:
 def lacking(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:
     """Why none of the code that was built runs on a GPU; None when some does.
 
-    ``sm_80`` runs on every 8.x, ``sm_86`` from 8.6 on, ``sm_90a`` on 9.0 alone; the driver compiles ``compute_120`` for
-    what came later.
+    ``sm_80`` runs on every 8.x, ``sm_86`` from 8.6 on, ``sm_90a`` on 9.0 alone; the driver compiles ``compute_120``,
+    but not ``compute_100f``, for what came later.
     """
     for name in architectures:
         kind, _, number = name.partition("_")
@@ -94,7 +94,7 @@ def lacking(capability: tuple[int, int], architectures: Sequence[str]) -> str | 
         built = int(digits[:-1]), int(digits[-1])
         if number.endswith("a"):
             fits = built == capability
-        elif kind == "sm":
+        elif kind == "sm" or number.endswith("f"):  # f: of its own family alone
             fits = built[0] == capability[0] and built <= capability
         else:
             fits = built <= capability

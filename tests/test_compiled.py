@@ -19,6 +19,8 @@ from lemur_fast import _compiled, _devices
         ((10, 3), ["sm_100f"], True),
         ((12, 0), ["sm_90", "compute_90"], True),
         ((7, 5), ["sm_80", "sm_90", "compute_80"], False),
+        ((12, 0), ["sm_100f", "compute_100f"], False),
+        ((10, 3), ["compute_100f"], True),
         ((9, 0), [], False),
     ],
 )

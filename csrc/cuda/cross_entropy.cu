@@ -22,10 +22,11 @@ struct Running {
   float products = 0.f;  // of exp(x - largest) * (x - largest)
   float plain = 0.f;     // of x
 
-  // Takes `base` in place of `largest`; infinities stand for nothing seen.
+  // Takes `base` in place of `largest`; infinities stand for nothing seen. Where all shrinks to nothing, as under a
+  // mask of the least float, the products may be infinite.
   __device__ __forceinline__ void move_to(float base) {
     const float apart = largest - base, shrink = exp2_of(apart * kLog2e);
-    products = shrink * (products + (total > 0.f ? apart * total : 0.f));
+    products = shrink > 0.f ? shrink * (products + (total > 0.f ? apart * total : 0.f)) : 0.f;
     total *= shrink;
     largest = base;
   }
@@ -208,8 +209,8 @@ void with_variant(const CrossEntropy& a, const Run& run) {
     using T = typename decltype(type)::type;
     constexpr int kPack = kWhole<T>;
     const Alignment whole{16};
-    const bool aligned = a.cols % kPack == 0 && whole.holds(a.logits, a.logits_stride, sizeof(T)) &&
-                         whole.holds(a.dlogits, a.dlogits ? a.cols : 0, sizeof(T));
+    const bool aligned = a.cols % kPack == 0 && whole.holds(a.logits, a.rows > 1 ? a.logits_stride : 0, sizeof(T)) &&
+                         whole.holds(a.dlogits);
     using Capped = std::true_type;
     using Plain = std::false_type;
     using Whole = std::integral_constant<int, kPack>;
@@ -241,8 +242,8 @@ void cross_entropy_fwd(const CrossEntropy& a, const Place& place) {
         threads_for(a.cols, pack.value, ahead.value), 0, place,
         [&] { return "cross_entropy forward of " + shape_of(a.rows, a.cols, a.dtype); },
         static_cast<const T*>(a.logits), a.logits_stride, a.labels, a.loss, a.lse, a.log_prob, a.entropy, a.correct,
-        a.dloss, static_cast<T*>(a.dlogits), narrow("cols", a.cols), a.ignore_index, a.label_smoothing, a.z_loss,
-        a.softcap, a.softcap != 0.f ? 1.f / a.softcap : 0.f);
+        a.dloss, static_cast<T*>(a.dlogits), narrow("cross_entropy: cols", a.cols), a.ignore_index, a.label_smoothing,
+        a.z_loss, a.softcap, a.softcap != 0.f ? 1.f / a.softcap : 0.f);
   });
 }
 
@@ -254,8 +255,9 @@ void cross_entropy_bwd(const CrossEntropy& a, const Place& place) {
         cross_entropy_bwd_kernel<T, softcap.value, pack.value, ahead.value>, a.rows,
         threads_for(a.cols, pack.value, ahead.value), 0, place,
         [&] { return "cross_entropy backward of " + shape_of(a.rows, a.cols, a.dtype); }, a.dloss,
-        static_cast<const T*>(a.logits), a.logits_stride, a.labels, a.lse, static_cast<T*>(a.dlogits), a.cols,
-        a.ignore_index, a.label_smoothing, a.z_loss, a.softcap, a.softcap != 0.f ? 1.f / a.softcap : 0.f);
+        static_cast<const T*>(a.logits), a.logits_stride, a.labels, a.lse, static_cast<T*>(a.dlogits),
+        narrow("cross_entropy: cols", a.cols), a.ignore_index, a.label_smoothing, a.z_loss, a.softcap,
+        a.softcap != 0.f ? 1.f / a.softcap : 0.f);
   });
 }
 

@@ -21,10 +21,10 @@ namespace lemur::cuda {
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device == before_) return;
-    check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = true;
+    status_ = cudaGetDevice(&before_);
+    if (status_ != cudaSuccess || device == before_) return;
+    status_ = cudaSetDevice(device);
+    changed_ = status_ == cudaSuccess;
   }
   ~OnDevice() {
     if (changed_) cudaSetDevice(before_);
@@ -32,9 +32,12 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
+  cudaError_t status() const { return status_; }
+
  private:
   int before_ = 0;
   bool changed_ = false;
+  cudaError_t status_;
 };
 
 // Launches a kernel. `describe()` says for which op and shapes; it is called when CUDA refuses.
@@ -48,23 +51,27 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t 
   }
   const OnDevice guard(place.device);
   std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  const cudaError_t status = std::apply(
-      [&](auto&... value) {
-        void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-        return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), threads,
-                                pointers, shared, static_cast<cudaStream_t>(place.stream));
-      },
-      values);
+  const cudaError_t status =
+      guard.status() != cudaSuccess
+          ? guard.status()
+          : std::apply(
+                [&](auto&... value) {
+                  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
+                  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                          threads, pointers, shared, static_cast<cudaStream_t>(place.stream));
+                },
+                values);
   if (status != cudaSuccess) {
     cudaGetLastError();  // it was reported: the next launch must not be blamed for it
-    check(status, (describe() + " on device " + std::to_string(place.device)).c_str());
+    // What an earlier kernel did wrong is told to whoever calls next.
+    check(status, (describe() + " on device " + std::to_string(place.device) + ", or an earlier call").c_str());
   }
 }
 
-// What a kernel has as an int: widths and counts of heads.
+// What a kernel has as an int: widths and counts of heads. Half of what an int holds, so that a step past the end fits.
 inline int narrow(const char* name, int64_t value) {
-  if (value > INT32_MAX) {
-    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) + "; takes at most 2^31 - 1");
+  if (value > INT32_MAX / 2) {
+    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) + "; takes fewer than 2^30");
   }
   return static_cast<int>(value);
 }

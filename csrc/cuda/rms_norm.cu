@@ -352,7 +352,8 @@ void with_types(DType x_dtype, DType w_dtype, const Body& body) {
 
 void rms_norm_fwd(const RmsNormFwd& a, const Place& place) {
   if (a.rows == 0) return;
-  const int cols = narrow("cols", a.cols);
+  const int cols = narrow("rms_norm: cols", a.cols);
+  const bool many = a.rows > 1;  // else strides do not matter
   const auto describe = [&] { return "rms_norm forward of " + shape_of(a.rows, a.cols, a.x_dtype); };
   with_types(a.x_dtype, a.w_dtype, [&](auto x_type, auto w_type, auto y_type) {
     using X = typename decltype(x_type)::type;
@@ -368,9 +369,9 @@ void rms_norm_fwd(const RmsNormFwd& a, const Place& place) {
     };
     constexpr int kPack = kWhole<Y>;
     const Alignment x{kPack * sizeof(X)}, w{kPack * sizeof(W)}, y{16};
-    const bool aligned = a.cols % kPack == 0 && x.holds(a.x, a.x_stride, sizeof(X)) &&
-                         x.holds(a.residual, a.residual_stride, sizeof(X)) && x.holds(a.h) && w.holds(a.weight) &&
-                         y.holds(a.y);
+    const bool aligned = a.cols % kPack == 0 && x.holds(a.x, many ? a.x_stride : 0, sizeof(X)) &&
+                         x.holds(a.residual, many ? a.residual_stride : 0, sizeof(X)) && x.holds(a.h) &&
+                         w.holds(a.weight) && y.holds(a.y);
     if (!aligned) {
       run(rms_norm_fwd_kernel<X, W, Y, 1, false>, 1, 8);
     } else if (a.cols <= kPack * kForwardPacks * kForwardThreads) {
@@ -382,7 +383,8 @@ void rms_norm_fwd(const RmsNormFwd& a, const Place& place) {
 }
 
 void rms_norm_bwd(const RmsNormBwd& a, float* partial, int64_t parts, const Place& place) {
-  const int cols = narrow("cols", a.cols);
+  const int cols = narrow("rms_norm: cols", a.cols);
+  const bool many = a.rows > 1;  // else strides do not matter
   const auto describe = [&] { return "rms_norm backward of " + shape_of(a.rows, a.cols, a.x_dtype); };
   int64_t blocks = 0;
   if (a.rows > 0) {
@@ -409,9 +411,10 @@ void rms_norm_bwd(const RmsNormBwd& a, float* partial, int64_t parts, const Plac
         run(kernel, static_cast<int>(needed < kBackwardThreads ? needed : kBackwardThreads), 1, 0);
       };
       const Alignment x{kPack * sizeof(X)}, w{kPack * sizeof(W)}, y{16};
-      const bool aligned = a.cols % kPack == 0 && y.holds(a.dy, a.dy_stride, sizeof(Y)) &&
-                           x.holds(a.dh, a.dh_stride, sizeof(X)) && x.holds(a.h, a.h_stride, sizeof(X)) &&
-                           w.holds(a.weight) && x.holds(a.dx) && y.holds(partial);
+      const bool aligned = a.cols % kPack == 0 && y.holds(a.dy, many ? a.dy_stride : 0, sizeof(Y)) &&
+                           x.holds(a.dh, many ? a.dh_stride : 0, sizeof(X)) &&
+                           x.holds(a.h, many ? a.h_stride : 0, sizeof(X)) && w.holds(a.weight) && x.holds(a.dx) &&
+                           y.holds(partial);
       if (!aligned) {
         walk(rms_norm_bwd_walking_kernel<X, W, Y, 1>, 1);
       } else if (a.cols <= 2 * kPack * kBackwardThreads) {

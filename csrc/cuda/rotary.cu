@@ -154,10 +154,11 @@ void rotary(const Rotary* xs, int count, const RotaryTables& t, const Place& pla
             return "rotary of " + std::to_string(t.tokens) + " tokens, " + std::to_string(q.heads) + " and " +
                    std::to_string(k.heads) + " heads of " + std::to_string(t.head_dim) + ", " + name_of(t.x_dtype);
           },
-          static_cast<const X*>(q.x), q.token_stride, q.head_stride, static_cast<Y*>(q.y), narrow("heads", q.heads),
-          static_cast<const X*>(k.x), k.token_stride, k.head_stride, static_cast<Y*>(k.y), narrow("heads", k.heads),
-          static_cast<const Table*>(t.cos), t.cos_stride, static_cast<const Table*>(t.sin), t.sin_stride,
-          t.columns == t.head_dim, t.backward, t.tokens, narrow("head_dim", half), along, down);
+          static_cast<const X*>(q.x), q.token_stride, q.head_stride, static_cast<Y*>(q.y),
+          narrow("rotary: heads", q.heads), static_cast<const X*>(k.x), k.token_stride, k.head_stride,
+          static_cast<Y*>(k.y), narrow("rotary: heads", k.heads), static_cast<const Table*>(t.cos), t.cos_stride,
+          static_cast<const Table*>(t.sin), t.sin_stride, t.columns == t.head_dim, t.backward, t.tokens,
+          narrow("rotary: half of head_dim", half), along, down);
     };
     // Where a type is float32, it decides how much fits into 16 bytes.
     constexpr bool kWide = sizeof(X) == 4 || sizeof(Y) == 4;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/check.h"
+#include "cuda/launch.h"
 
 namespace lemur::cuda {
 namespace {
@@ -48,9 +49,8 @@ int self_test(int device) {
     throw std::runtime_error("CUDA: device " + std::to_string(device) + " asked for; there are " +
                              std::to_string(count));
   }
-  int before = 0;
-  check(cudaGetDevice(&before), "cudaGetDevice");
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const OnDevice guard(device);
+  check(guard.status(), "cudaSetDevice");
 
   constexpr int n = 1000, threads = 128;
   std::vector<int> host(n);
@@ -60,7 +60,6 @@ int self_test(int device) {
     check(cudaGetLastError(), "launch of self_test_kernel");
     check(cudaMemcpy(host.data(), out.data, n * sizeof(int), cudaMemcpyDeviceToHost), "run of self_test_kernel");
   }
-  check(cudaSetDevice(before), "cudaSetDevice");
 
   for (int i = 1; i < n; ++i) {
     if (host[i] != 3 * i + 1) {

@@ -86,6 +86,7 @@ struct Extent {
 
   Extent(int64_t rows_, int64_t cols_, bool whole) : rows(whole ? 1 : rows_), cols(whole ? rows_ * cols_ : cols_) {}
   int64_t blocks_each(int elements) const { return ceil_div(cols, elements); }
+  int64_t stride(int64_t between_rows) const { return rows > 1 ? between_rows : 0; }
 };
 
 }  // namespace
@@ -105,8 +106,8 @@ void swiglu_fwd(const SwigluFwd& a, const Place& place) {
     };
     constexpr int kPack = kWhole<T>;
     const Alignment whole{16};
-    const bool aligned = extent.cols % kPack == 0 && whole.holds(a.gate, a.gate_stride, sizeof(T)) &&
-                         whole.holds(a.up, a.up_stride, sizeof(T)) && whole.holds(a.y);
+    const bool aligned = extent.cols % kPack == 0 && whole.holds(a.gate, extent.stride(a.gate_stride), sizeof(T)) &&
+                         whole.holds(a.up, extent.stride(a.up_stride), sizeof(T)) && whole.holds(a.y);
     aligned ? run(swiglu_fwd_kernel<T, kPack, 2>, 2 * kThreads * kPack) : run(swiglu_fwd_kernel<T, 1, 8>, 8 * kThreads);
   });
 }
@@ -127,9 +128,10 @@ void swiglu_bwd(const SwigluBwd& a, const Place& place) {
     };
     constexpr int kPack = kWhole<T>;
     const Alignment whole{16};
-    const bool aligned = extent.cols % kPack == 0 && whole.holds(a.dy, a.dy_stride, sizeof(T)) &&
-                         whole.holds(a.gate, a.gate_stride, sizeof(T)) && whole.holds(a.up, a.up_stride, sizeof(T)) &&
-                         whole.holds(a.dgate) && whole.holds(a.dup);
+    const bool aligned = extent.cols % kPack == 0 && whole.holds(a.dy, extent.stride(a.dy_stride), sizeof(T)) &&
+                         whole.holds(a.gate, extent.stride(a.gate_stride), sizeof(T)) &&
+                         whole.holds(a.up, extent.stride(a.up_stride), sizeof(T)) && whole.holds(a.dgate) &&
+                         whole.holds(a.dup);
     aligned ? run(swiglu_bwd_kernel<T, kPack, 2>, 2 * kThreads * kPack) : run(swiglu_bwd_kernel<T, 1, 8>, 8 * kThreads);
   });
 }

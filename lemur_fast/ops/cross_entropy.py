@@ -44,7 +44,7 @@ def _compiled_forward(logits: Tensor, labels: Tensor, options: LossOptions, want
 
 def _compiled_backward(dloss: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, options: LossOptions) -> Tensor:
     logits, dlogits = unit_stride(logits), logits.new_empty(logits.shape)
-    dloss, labels = dloss.contiguous(), labels.contiguous()
+    dloss, labels, lse = dloss.contiguous(), labels.contiguous(), lse.contiguous()
     kernels, where = _compiled.place(logits)
     kernels.cross_entropy_bwd(
         dloss=dloss.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from tests.conftest import INTERPRETING
 from tests.criterion import assert_as_good
 from tests.cuda.simulated import cross_entropy, parameters, processors, rms_norm, rotary, simulated, swiglu
 from tests.kernels.test_rows import PLAIN, check_norm, losses, rotated
+from tests.ptxsim import Fault
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
@@ -85,7 +87,7 @@ WIDTHS = [1, 2, 3, 5, 7, 8, 9, 16, 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 2
 """Up to 20,000: a thread's, a warp's and a block's share, one less and one more; primes; LLaMA's own."""
 
 EVERY_SO_MANY = 97
-"""Of the widths up to 20,000, those that the slow test takes; the first is drawn from the day's seed of 0."""
+"""Of the widths up to 20,000, those that the slow test takes."""
 
 
 def check_width(cols: int, dtype: torch.dtype) -> None:
@@ -174,6 +176,18 @@ def test_aligned_rows_take_16_bytes_at_a_time():
     assert moved.counts.loads.wide_bytes == apart.counts.loads.wide_bytes == 0
     assert "8, true" in aligned.name
     assert "1, false" in moved.name
+
+
+def test_strides_count_only_where_there_are_rows():
+    x = torch.randn(8, 12).bfloat16()  # in one piece: 96 elements, which 8 divides
+    row = torch.randn(1, 17).bfloat16()[:, :16]
+    with simulated() as launches:
+        swiglu.forward(x, x)
+        swiglu.backward(x, x, x)
+        rms_norm.forward(row, None, torch.ones(16).bfloat16(), 1e-5)
+        rms_norm.backward(row, None, row, torch.ones(16).bfloat16(), torch.ones(1), False)
+        cross_entropy.forward(row, torch.zeros(1, dtype=torch.int64), False, **PLAIN)
+    assert all(launch.counts.loads.wide_bytes > 0 for launch in launches)
 
 
 @pytest.mark.parametrize("cols", [32_768, 32_776, 65_536])
@@ -286,12 +300,12 @@ def test_an_error_names_the_op_and_its_shapes():
             call()
         message = str(caught.value)
         shape = "3 tokens, 2 and 2 heads of 16, bfloat16" if name == "rotary of" else "[3, 16] bfloat16"
-        assert message == f"CUDA: {name} {shape} on device 1: the error in words (the error's name)"
+        assert message == f"CUDA: {name} {shape} on device 1, or an earlier call: the error in words (the error's name)"
 
 
 def test_a_device_that_is_not_there():
     x = torch.randn(3, 16)
-    with simulated(device=7) as launches, pytest.raises(RuntimeError, match="cudaSetDevice: the error in words"):
+    with simulated(device=7) as launches, pytest.raises(RuntimeError, match=r"swiglu forward of \[3, 16\].* device 7"):
         swiglu.forward(x, x)
     assert not launches
 
@@ -326,9 +340,40 @@ def test_the_bits_are_the_same_again():
 
 
 def test_columns_past_what_an_int_holds():
-    arguments = rms_norm_arguments(torch.randn(1, 8), torch.ones(8)) | {"cols": 2**31}
-    with simulated(), pytest.raises(ValueError, match=r"cols: got 2147483648; takes at most 2\^31 - 1"):
+    arguments = rms_norm_arguments(torch.randn(1, 8), torch.ones(8)) | {"cols": 2**30}
+    with simulated(), pytest.raises(ValueError, match=r"rms_norm: cols: got 1073741824; takes fewer than 2\^30"):
         raw(arguments)
+
+
+FAR = 2**31 + 16
+
+
+@pytest.mark.parametrize(
+    ("call", "stride"),
+    [
+        (lambda x, w, ones: rms_norm.forward(x, None, w, 1e-5), "x_stride"),
+        (lambda x, w, ones: rms_norm.forward(x, x, w, 1e-5), "residual_stride"),
+        (lambda x, w, ones: rms_norm.backward(x, x, x.clone(), w, ones, True), "h_stride"),
+        (lambda x, w, ones: rms_norm.backward(x, x.clone(), x.clone(), w, ones, True), "dh_stride"),
+        (lambda x, w, ones: swiglu.forward(x[:, :128], x[:, :128]), "up_stride"),
+        (lambda x, w, ones: swiglu.backward(x[:, :128], x[:, :128], x[:, :128]), "dy_stride"),
+        (lambda x, w, ones: cross_entropy.forward(x, ones.long(), False, **PLAIN), "logits_stride"),
+        (lambda x, w, ones: cross_entropy.backward(ones, x, ones.long(), ones, **PLAIN), "logits_stride"),
+        (lambda x, w, ones: rotary.rotate(x[:, None], x[:, None], x, x, False, x.dtype, False), "k_token"),
+        (lambda x, w, ones: rotary.rotate(x.view(1, 2, -1), x[None], x[:1], x[:1], True, x.dtype, False), "q_head"),
+        (lambda x, w, ones: rotary.rotate(x[:, None], x[:, None], x, x.clone(), False, x.dtype, False), "sin_stride"),
+    ],
+)
+def test_offsets_past_2_31(call, stride):
+    """A row that lies so far away is looked for there: the fault names the place."""
+    x = torch.randn(2, 136).bfloat16()
+    with simulated(processors=1, execute=False) as launches:
+        call(x, torch.ones(136).bfloat16(), torch.ones(2))
+    launches[0].arguments[stride] = FAR
+    with pytest.raises(Fault, match=r"out of bounds: .* (\d+) bytes past the end") as caught:
+        launches[0].execute()
+    (past,) = re.findall(r"(\d+) bytes past", str(caught.value))
+    assert abs(int(past) - 2 * FAR) < 2**20  # from whichever tensor is the nearest
 
 
 def test_names_of_parameters():

@@ -142,6 +142,21 @@ def test_cross_entropy(kernels, dtype, cols, options):
     assert not any(stat[~trained].any() for stat in (log_prob, entropy, correct))
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e38, torch.finfo(torch.float32).min, -float("inf")])
+def test_stats_of_a_masked_vocabulary(kernels, mask):
+    logits, labels = torch.full((2, 9000), mask), torch.tensor([8993, 70])
+    logits[0, 8990:] = torch.randn(10)  # what its threads see first is masked, or all of it
+    logits[1, 64:72] = torch.randn(8)
+    _, lse, log_prob, entropy, _ = kernels.cross_entropy.forward(logits, labels, True, **PLAIN)
+    for row, allowed in enumerate((slice(8990, 9000), slice(64, 72))):
+        seen = logits[row, allowed].double()
+        torch.testing.assert_close(lse[row].double(), seen.logsumexp(0), rtol=1e-6, atol=1e-6)
+        p = seen.softmax(0)
+        torch.testing.assert_close(entropy[row].double(), -(p * p.log()).sum(), rtol=1e-5, atol=1e-5)
+        want = logits[row, labels[row]].double() - seen.logsumexp(0)
+        torch.testing.assert_close(log_prob[row].double(), want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("label", [-1, 101, 2**40, -(2**40)])
 def test_a_label_from_nowhere_makes_its_row_nan_and_no_other(kernels, label):
     logits = torch.randn(3, 101)
