@@ -83,7 +83,7 @@ def check_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bo
 # ---- widths ----------------------------------------------------------------------------------------------------------
 
 WIDTHS = [1, 2, 3, 5, 7, 8, 9, 16, 31, 32, 33, 63, 64, 65, 100, 127, 128, 255, 257, 511, 513, 1000, 1024, 2047, 2056,
-          4095, 4097, 5120, 8191, 8200, 10_007, 11_008, 13_824, 16_392, 19_999, 20_000]  # fmt: skip
+          4095, 4097, 5120, 8191, 8200, 11_008, 19_999, 20_000]  # fmt: skip
 """Up to 20,000: a thread's, a warp's and a block's share, one less and one more; primes; LLaMA's own."""
 
 EVERY_SO_MANY = 97
@@ -190,7 +190,7 @@ def test_strides_count_only_where_there_are_rows():
     assert all(launch.counts.loads.wide_bytes > 0 for launch in launches)
 
 
-@pytest.mark.parametrize("cols", [32_768, 32_776, 65_536])
+@pytest.mark.parametrize("cols", [32_768, 32_776])
 def test_the_widest_rows_that_registers_hold_and_wider_ones(cols):
     with simulated(processors=1) as launches:
         check_norm(CudaKernels, 2, cols, torch.bfloat16, 0, True)
