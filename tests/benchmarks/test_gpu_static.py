@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -50,12 +51,22 @@ def test_bars_of_cuda(dtype):
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=pytest.mark.slow) if t != "sm_80" else t for t in gpu_static.CUDA_TARGETS]
+    "target",
+    [pytest.param(t, marks=pytest.mark.slow) if t != "sm_80" else t for t in ("sm_86", *gpu_static.CUDA_TARGETS)],
 )
 def test_no_variant_in_cuda_spills(target):
     """Those of other widths, dtypes and alignments, too."""
     assert len(nvcc.compiled(target)) > 90
     assert gpu_static.broken_variants(target) == []
+
+
+def test_kernels_are_compiled_as_the_build_compiles_them():
+    cmake = (nvcc.ROOT / "cmake" / "cuda.cmake").read_text()
+    assert "set(CMAKE_CUDA_STANDARD 17)" in cmake
+    assert "target_compile_options(lemur_cuda PRIVATE --fmad=false)" in cmake
+    assert {"-std=c++17", "--fmad=false"} <= set(nvcc.OPTIONS)
+    listed = re.search(r"set\(CUDA_KERNELS([^)]*)\)", cmake)[1].split()
+    assert sorted(listed) == [str(path.relative_to(nvcc.ROOT)) for path in nvcc.SOURCES]
 
 
 def test_a_variant_that_spills_is_named(monkeypatch):
