@@ -18,10 +18,10 @@ of lemur_fast, torch or triton, is ignored with a warning; what a file does not 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -229,12 +229,22 @@ def using(device: torch.device, table: Table) -> Iterator[None]:
 
 
 def folder() -> Path:
-    """Where tuned tables are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lemur_fast"
+    """Where tuned tables are kept; its `~` stays one where there is no home directory (`path_of` refuses that)."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and the system does not know the user: a container's, say
+        cache = Path("~/.cache")
+    return cache / "lemur_fast"
 
 
 def path_of(device: torch.device, model: str) -> Path:
-    """The file of a model of device."""
+    """The file of a model of device.
+
+    Raises:
+        OSError: there is no home directory for it, and no other place was named.
+    """
+    if folder().parts[0] == "~":
+        raise OSError("there is no home directory; set XDG_CACHE_HOME to a folder")
     return folder() / f"{device.type}-{re.sub(r'[^a-z0-9]+', '-', model.lower()).strip('-')}.json"
 
 
@@ -250,8 +260,9 @@ def _read(device: torch.device) -> Table | None:
     model = _devices.model(device)
     if model is None:
         return None
-    path = path_of(device, model)
+    path = folder()  # what the warning names if there can be no file
     try:
+        path = path_of(device, model)
         return _parse(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
@@ -278,7 +289,7 @@ def _parse(path: Path, text: str) -> Table:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter from brackets in brackets in brackets
         raise ValueError(f"it is broken ({error})") from None
     _check(isinstance(content, dict), "no object")
     _check(content.get("format") == FORMAT, f"format {content.get('format')!r}, not {FORMAT}")
@@ -328,6 +339,37 @@ def _rank(entry: tuple[Key, Order]) -> tuple:
     return (*key[:3], SIZES.index(key.size), key.head_dim or 0)
 
 
+@contextlib.contextmanager
+def _turn_to_write(device: torch.device) -> Iterator[tuple[Path, str]]:
+    """Yields the file of the device's model, in a folder that exists, and the model; other writers wait meanwhile.
+
+    Raises:
+        OSError: the folder cannot be made, or nothing be locked in it.
+    """
+    model = _devices.model(device)
+    if model is None:
+        raise ValueError(f"device: got {device}, which this machine does not have")
+    try:
+        import fcntl  # here, since all but writing works where there is none
+    except ImportError:
+        raise OSError("this system has no fcntl, by which writers take turns") from None
+    path = path_of(device, model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path, model
+
+
+def check_writable(device: torch.device) -> None:
+    """Finds out whether `save` could write, by all that it does before it writes and a file that vanishes.
+
+    Raises:
+        OSError: it could not.
+    """
+    with _turn_to_write(device) as (path, _), tempfile.TemporaryFile(dir=path.parent):
+        pass  # the lock alone may be an old one, in a folder that takes no new files
+
+
 def save(device: torch.device, orders: dict[Key, Order], tiles: dict[int, Tiles]) -> Path:
     """Puts measured entries into the file of the device's model, beside those that it holds already and can keep.
 
@@ -336,14 +378,11 @@ def save(device: torch.device, orders: dict[Key, Order], tiles: dict[int, Tiles]
 
     Returns:
         The file's path.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    model = _devices.model(device)
-    if model is None:
-        raise ValueError(f"device: got {device}, which this machine does not have")
-    path = path_of(device, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _turn_to_write(device) as (path, model):
         try:
             before = _parse(path, path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # nothing there, or nothing that still holds

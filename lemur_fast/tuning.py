@@ -3,8 +3,8 @@
 Every op is called through its public function, at LLaMA-2-7B's widths and with as many tokens as make a call small,
 medium and large (`lemur_fast.preferences`), once without gradients and once with its backward. For each of those:
 
-    1. Every backend runs once. One that cannot serve is left out; one that fails, or whose results are not those of
-       `reference`, goes last in the order and is reported.
+    1. Every backend runs once, untimed, since the first call may compile. One that cannot serve is left out; one that
+       fails, or whose results are not those of `reference`, goes last in the order and is reported.
     2. They are timed in turns, round by round, so that a machine that slows down slows them all; a round is as many
        calls, one after the other, as the budget allows. On a GPU that is the longer of the time to launch and the time
        to run, as in a training step. One that takes `HOPELESS` times as long as the fastest is timed once.
@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ from lemur_fast.preferences import Key, Tiles
 
 ROUNDS = 7
 HOPELESS = 3.0
-SLOW = 4.0
-"""A call that takes so many budgets is made twice in all."""
+SLOW = {"cuda": 4.0, "cpu": 1.0}
+"""A call that takes more budgets than this is timed twice in all. On a CPU the large ones take seconds."""
 LEAST_GAIN = 0.02
 """Of the time: less is noise, however steady the rounds."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
@@ -46,6 +46,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}
 WIDTH, HEADS, INTERMEDIATE, VOCABULARY = 4096, 32, 11008, 32000  # LLaMA-2-7B
 TOKENS = {"small": 64, "medium": 1024, "large": 4096}
 ROWS_OF_LOGITS = {"small": 16, "medium": 256, "large": 1024}
+MOST_ON_CPU = {"swiglu": 1536, "cross_entropy": 528}
+"""Tokens, or rows, that just make a large call of these ops: on a CPU, time grows with the elements and with nothing
+else. The other ops' large calls have 2^24 elements anyway."""
+VOCABULARY_ON_CPU = 4000
+"""Of medium and large calls of linear_cross_entropy, which are products: their time is as the vocabulary for every
+backend, and with all of it they would take most of the whole command's."""
+
+
+def _rows(op: str, size: str, on_cpu: bool) -> int:
+    rows = (ROWS_OF_LOGITS if op == "cross_entropy" else TOKENS)[size]
+    return min(rows, MOST_ON_CPU.get(op, rows)) if on_cpu else rows
 
 
 @dataclass
@@ -57,43 +68,47 @@ class Call:
     wanted: Sequence[int]
 
 
-def _rms_norm(size: str, head_dim: int | None) -> Call:
-    tokens = TOKENS[size]
+def _rms_norm(size: str, head_dim: int | None, on_cpu: bool) -> Call:
+    tokens = _rows("rms_norm", size, on_cpu)
     inputs = [torch.randn(tokens, WIDTH), torch.rand(WIDTH) + 0.5, torch.randn(tokens, WIDTH)]
     return Call(lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual), inputs, (0, 1, 2))
 
 
-def _rotary(size: str, head_dim: int | None) -> Call:
-    tokens, dim = TOKENS[size], WIDTH // HEADS
+def _rotary(size: str, head_dim: int | None, on_cpu: bool) -> Call:
+    tokens, dim = _rows("rotary", size, on_cpu), WIDTH // HEADS
     angles = torch.outer(torch.arange(tokens), 10000.0 ** -(torch.arange(0, dim, 2) / dim)).repeat(1, 2)
     inputs = [torch.randn(tokens, HEADS, dim), torch.randn(tokens, HEADS, dim), angles.cos(), angles.sin()]
     return Call(ops.rotary, inputs, (0, 1))
 
 
-def _swiglu(size: str, head_dim: int | None) -> Call:
-    tokens = TOKENS[size]
+def _swiglu(size: str, head_dim: int | None, on_cpu: bool) -> Call:
+    tokens = _rows("swiglu", size, on_cpu)
     return Call(ops.swiglu, [torch.randn(tokens, INTERMEDIATE), torch.randn(tokens, INTERMEDIATE)], (0, 1))
 
 
-def _attention(size: str, head_dim: int | None) -> Call:
-    tokens, dim = TOKENS[size], head_dim or WIDTH // HEADS
+def _attention(size: str, head_dim: int | None, on_cpu: bool) -> Call:
+    tokens, dim = _rows("attention", size, on_cpu), head_dim or WIDTH // HEADS
     q, k, v = (torch.randn(tokens, WIDTH // dim, dim) for _ in range(3))
-    documents = torch.tensor([0, tokens // 8, tokens // 2, tokens], dtype=torch.int32)
+    # Three documents; on a CPU large calls have more of them, not longer ones, whose time is as their length squared.
+    packed = min(tokens, TOKENS["medium"]) if on_cpu else tokens
+    starts = [start + part for start in range(0, tokens, packed) for part in (0, packed // 8, packed // 2)]
+    documents = torch.tensor([*(min(start, tokens) for start in starts), tokens], dtype=torch.int32)
     return Call(ops.attention, [q, k, v, documents], (0, 1, 2))
 
 
-def _cross_entropy(size: str, head_dim: int | None) -> Call:
-    rows = ROWS_OF_LOGITS[size]
+def _cross_entropy(size: str, head_dim: int | None, on_cpu: bool) -> Call:
+    rows = _rows("cross_entropy", size, on_cpu)
     return Call(ops.cross_entropy, [torch.randn(rows, VOCABULARY), torch.randint(0, VOCABULARY, (rows,))], (0,))
 
 
-def _linear_cross_entropy(size: str, head_dim: int | None) -> Call:
-    tokens = TOKENS[size]
-    weight, labels = torch.randn(VOCABULARY, WIDTH) / WIDTH**0.5, torch.randint(0, VOCABULARY, (tokens,))
+def _linear_cross_entropy(size: str, head_dim: int | None, on_cpu: bool) -> Call:
+    tokens = _rows("linear_cross_entropy", size, on_cpu)
+    vocabulary = min(VOCABULARY, VOCABULARY_ON_CPU) if on_cpu and size != "small" else VOCABULARY
+    weight, labels = torch.randn(vocabulary, WIDTH) / WIDTH**0.5, torch.randint(0, vocabulary, (tokens,))
     return Call(ops.linear_cross_entropy, [torch.randn(tokens, WIDTH), weight, labels], (0, 1))
 
 
-CALLS: dict[str, Callable[[str, int | None], Call]] = {
+CALLS: dict[str, Callable[[str, int | None, bool], Call]] = {
     "rms_norm": _rms_norm,
     "rotary": _rotary,
     "swiglu": _swiglu,
@@ -101,6 +116,7 @@ CALLS: dict[str, Callable[[str, int | None], Call]] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
 }
+"""Of the size, attention's head dimension, and whether it is a CPU that is measured."""
 TUNED_HEAD_DIMS = (64, 128)
 """Wider heads, which no LLaMA has, keep the order and the tiles that ship."""
 
@@ -108,7 +124,7 @@ TUNED_HEAD_DIMS = (64, 128)
 def _prepared(key: Key, device: torch.device) -> Callable[[], list[Tensor]]:
     """What is timed: calls the op, with its backward if `key` says so, and returns outputs and gradients."""
     torch.manual_seed(0)
-    call, dtype = CALLS[key.op](key.size, key.head_dim), getattr(torch, key.dtype)
+    call, dtype = CALLS[key.op](key.size, key.head_dim, device.type == "cpu"), getattr(torch, key.dtype)
     inputs = [x.to(device, dtype if x.is_floating_point() else None) for x in call.inputs]
     if key.direction == "forward":
 
@@ -209,25 +225,27 @@ def race(
         run: what is timed; returns its results.
         runners: by name.
         device: where `run` works.
-        seconds: budget for the timed calls of one runner; calls too long for it are made in three rounds, or twice.
+        seconds: budget for the timed calls of one runner; calls too long for it are timed in three rounds, or twice.
         tolerance: largest relative error against the results of `reference`.
         reference: the runner that the others' results are compared with.
     """
     exact: list[Tensor] = []
     results: list[Tensor] = []
     first: dict[str, float] = {}
+    slow = SLOW[device.type] * seconds
     for name in sorted(runners, key=lambda name: name != reference):
         runner = runners[name]
         try:
             with runner.ready():
-                results = []
-                took = _time(lambda: results.extend(run()), 1, device)  # noqa: B023, it is called at once
+                results = run()  # not timed: it may compile, and that says nothing of the calls after it
                 runner.failure = _difference(results, exact, tolerance) if exact else ""
                 exact = exact or results
+                results = []
                 if not runner.failure:
-                    # A short call is made again: the first one compiles, and a bad moment makes it look hopeless.
-                    again = 3 if took <= SLOW * seconds else 0
-                    first[name] = min([_time(run, 1, device) for _ in range(again)], default=took)
+                    took = _time(run, 1, device)
+                    # A short call is made again: a bad moment makes it look hopeless.
+                    again = 2 if took <= slow else 0
+                    first[name] = min([took, *(_time(run, 1, device) for _ in range(again))])
         except BackendError as error:
             runner.failure, runner.refused = str(error), True
         except Exception as error:  # whatever a backend fails by, the others are measured
@@ -235,7 +253,7 @@ def race(
     exact = results = []  # gigabytes, maybe
     fastest = min(first.values(), default=0.0)
     running = {name: took for name, took in first.items() if took <= HOPELESS * fastest}
-    rounds = ROUNDS if ROUNDS * fastest <= seconds else 3 if fastest <= SLOW * seconds else 1
+    rounds = ROUNDS if ROUNDS * fastest <= seconds else 3 if fastest <= slow else 1
     for name, took in first.items():
         if name not in running or rounds == 1:
             runners[name].seconds.append(took)
@@ -379,12 +397,23 @@ def _with_tiles(device: torch.device, head_dim: int, tiles: Tiles) -> Iterator[N
 def tune(device: torch.device, chosen_ops: Sequence[str], dtypes: Sequence[str], seconds: float) -> str:
     """Measures, keeps the winners in the user's cache, and returns the text to print.
 
+    Where there is no terminal for the bar, each race has a line of its own.
+
     Args:
         device: the one to measure; others of its model are served by the same file.
         chosen_ops: names of ops; what was measured of others before is kept.
         dtypes: names of dtypes of the main inputs.
         seconds: budget for timing one backend in one call.
+
+    Raises:
+        SystemExit: nothing can be kept, which is found out before the first race; or, after the text was printed, it
+            could not be kept all the same.
     """
+    began = time.perf_counter()
+    try:
+        preferences.check_writable(device)
+    except OSError as error:
+        raise SystemExit(_unkept(error)) from None
     todo = keys(chosen_ops, dtypes)
     tiles: dict[int, Tiles] = {}
     notes: dict[str, None] = {}  # in the order found, each once
@@ -393,10 +422,15 @@ def tune(device: torch.device, chosen_ops: Sequence[str], dtypes: Sequence[str],
     head_dims = TUNED_HEAD_DIMS if sweep and halves else ()
     races = 3 * len(head_dims) + len(todo)
     with tqdm(desc="starting", total=races, unit="race", disable=None) as bar:
+        done_before, at = 0, time.perf_counter()
 
         def report(done: str) -> None:
+            nonlocal done_before, at
             bar.set_description(done, refresh=False)
             bar.update()
+            done_before, last, at = done_before + 1, at, time.perf_counter()
+            if bar.disable:
+                print(f"{done_before}/{races}  {done}: {at - last:.1f} s", file=sys.stderr, flush=True)
 
         for head_dim in head_dims:
             found, why = measure_tiles(head_dim, halves[0], device, seconds, report)
@@ -408,13 +442,23 @@ def tune(device: torch.device, chosen_ops: Sequence[str], dtypes: Sequence[str],
             for key in todo:
                 results.append(measure(key, device, seconds))
                 report(_name(key))
-    path = preferences.save(device, {result.key: result.order for result in results}, tiles)
     for result in results:
         notes |= dict.fromkeys(result.notes)
-    return _report(device, results, tiles, list(notes), path)
+    minutes, rest = divmod(round(time.perf_counter() - began), 60)
+    text = f"{_report(device, results, tiles, list(notes))}\n\nTook {minutes} min {rest} s."
+    try:
+        path = preferences.save(device, {result.key: result.order for result in results}, tiles)
+    except OSError as error:  # the disk is full, say
+        print(text, flush=True)
+        raise SystemExit(_unkept(error)) from None
+    return f"{text} Kept in {path}; delete it to go back to what ships."
 
 
-def _report(device: torch.device, results: list[Result], tiles: dict[int, Tiles], notes: list[str], path: Path) -> str:
+def _unkept(error: OSError) -> str:
+    return f"python -m lemur_fast tune: nothing can be kept in {preferences.folder()}: {error.strerror or error}"
+
+
+def _report(device: torch.device, results: list[Result], tiles: dict[int, Tiles], notes: list[str]) -> str:
     names = [name for name in preferences.BACKENDS if any(name in result.microseconds for result in results)]
     rows = [["op", "dtype", "size", "", *(f"{name}, us" for name in names), "order"]]
     for result in results:
@@ -436,5 +480,4 @@ def _report(device: torch.device, results: list[Result], tiles: dict[int, Tiles]
     lines += [f"attention, head_dim {dim}: tiles (forward, dkdv, dq) {found}" for dim, found in tiles.items()]
     if notes:
         lines += ["", "Not measured:", *(f"  {note}" for note in notes)]
-    lines += ["", f"Kept in {path}; delete it to go back to what ships."]
     return "\n".join(lines)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -250,6 +252,45 @@ def test_a_file_that_does_not_hold_is_ignored_with_one_warning(changes, reason):
         assert chosen() == "reference"
 
 
+def test_brackets_without_end_are_a_broken_file():
+    path = preferences.path_of(CPU, _devices.cpu_model())
+    path.parent.mkdir()
+    path.write_text("[" * 200_000)
+    with pytest.warns(RuntimeWarning, match=r"json is ignored: it is broken \(maximum recursion"):
+        assert chosen() == "cpu"
+    preferences.save(CPU, {NORM: TURNED}, {})
+    assert chosen() == "reference"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_directory_the_shipped_order_serves(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"~/.cache/lemur_fast is ignored: there is no home directory; set XDG_"):
+        assert chosen() == "cpu"
+    with pytest.raises(OSError, match="there is no home directory"):
+        preferences.save(CPU, {NORM: TURNED}, {})
+    assert not list(tmp_path.iterdir())  # no folder of the name ~
+    main.main([])
+
+
+def test_without_fcntl_all_but_writing_works(monkeypatch):
+    code = "import sys, torch; sys.modules['fcntl'] = None; import lemur_fast; lemur_fast.explain('cpu')"
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(OSError, match="this system has no fcntl"):
+        preferences.save(CPU, {NORM: TURNED}, {})
+
+
 def test_writers_at_the_same_time_lose_nothing_of_each_other():
     keys = [Key(op, dtype, "forward", "small", None) for op in ("rms_norm", "swiglu") for dtype in preferences.DTYPES]
     start = threading.Barrier(len(keys))
@@ -325,8 +366,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch, speeds: dict[str, float]) -> dict[
 
     def time(run: Any, calls: int, device: torch.device) -> float:
         (name,) = dispatch._requested
-        if name not in rounds:
-            run()  # what is compared with the reference
         rounds.setdefault(name, []).append(calls)
         return speeds[name]
 
@@ -342,7 +381,7 @@ def test_a_race_ranks_by_time_and_spends_its_budget_evenly(monkeypatch):
     assert result.shipped == ("cpu", "reference")
     assert result.microseconds == pytest.approx({"cpu": 2000, "reference": 1000})
     assert result.notes == []
-    assert rounds == {"cpu": [1] * 4 + [53] * 7, "reference": [1] * 4 + [107] * 7}
+    assert rounds == {"cpu": [1] * 3 + [53] * 7, "reference": [1] * 3 + [107] * 7}
 
 
 def test_the_hopeless_are_timed_no_further_and_slow_ones_seldom(monkeypatch):
@@ -351,10 +390,39 @@ def test_the_hopeless_are_timed_no_further_and_slow_ones_seldom(monkeypatch):
     result = tuning.measure(key, CPU, 0.1)
     assert result.order == ("cpu", "reference")
     assert result.microseconds == pytest.approx({"cpu": 3e5, "reference": 1e6})
-    assert rounds == {"cpu": [1] * (4 + 3), "reference": [1]}
-    rounds.clear()
-    tuning.measure(key, CPU, 0.01)
     assert rounds == {"cpu": [1] * 2, "reference": [1]}
+    rounds.clear()
+    tuning.measure(key, CPU, 0.3)
+    assert rounds == {"cpu": [1] * (3 + 3), "reference": [1]}
+    # A GPU's calls are short: those of four budgets are worth three rounds.
+    monkeypatch.setitem(tuning.SLOW, "cpu", tuning.SLOW["cuda"])
+    rounds.clear()
+    tuning.measure(key, CPU, 0.1)
+    assert rounds == {"cpu": [1] * (3 + 3), "reference": [1]}
+
+
+def test_a_first_call_that_compiles_is_not_held_against_a_backend(monkeypatch):
+    """The first call alone takes minutes; each after it half of what the reference takes."""
+    now, current, seen = 0.0, "", set()
+
+    @contextlib.contextmanager
+    def ready(name: str) -> Any:
+        nonlocal current
+        current = name
+        yield
+
+    def run() -> list[torch.Tensor]:
+        nonlocal now
+        compiles = current == "triton" and current not in seen
+        seen.add(current)
+        now += 300.0 if compiles else {"triton": 0.001, "reference": 0.002}[current]
+        return [torch.ones(3)]
+
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now)
+    runners = {name: tuning.Runner(lambda name=name: ready(name)) for name in ("reference", "triton")}
+    tuning.race(run, runners, device=CPU, seconds=0.5, tolerance=1e-3, reference="reference")
+    assert tuning.ranked(runners) == ("triton", "reference")
+    assert runners["triton"].seconds == pytest.approx([0.001] * tuning.ROUNDS)
 
 
 @pytest.mark.parametrize(
@@ -406,12 +474,24 @@ def test_every_op_is_called_with_its_gradients(monkeypatch, op, direction):
 
 def test_sizes_stand_for_their_classes():
     """The main input of what is timed has as many elements as its class is for."""
-    for op in preferences.OPS:
-        for size in preferences.SIZES:
-            with FakeTensorMode():
-                first = tuning.CALLS[op](size, 128).inputs[0]
-            orders = (tuple((name,) for name in preferences.SIZES),)
-            assert preferences.pick(orders, first.numel(), {}) == (size,), op
+    for op, size, on_cpu in itertools.product(preferences.OPS, preferences.SIZES, (False, True)):
+        with FakeTensorMode():
+            first = tuning.CALLS[op](size, 128, on_cpu).inputs[0]
+        orders = (tuple((name,) for name in preferences.SIZES),)
+        assert preferences.pick(orders, first.numel(), {}) == (size,), op
+        # On a CPU, where the elements are the time, a large call has hardly more than make it large.
+        if on_cpu and size == "large":
+            assert first.numel() < 1.02 * preferences.LARGE, op
+
+
+def test_documents_of_attention_cover_its_tokens():
+    for size, on_cpu, longest in (("large", False, 2048), ("large", True, 512), ("small", True, 32)):
+        bounds = tuning.CALLS["attention"](size, 128, on_cpu).inputs[3]
+        lengths = bounds.diff()
+        assert bounds[0] == 0
+        assert bounds[-1] == tuning.TOKENS[size]
+        assert lengths.min() > 0
+        assert lengths.max() == longest
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -420,7 +500,12 @@ def test_sizes_stand_for_their_classes():
 def test_tune_measures_and_is_believed(monkeypatch, capsys, cache):
     scripted(monkeypatch, {"cpu": 0.003, "reference": 0.001})
     main.main(["tune", "--device", "cpu", "--ops", "swiglu,rms_norm", "--dtypes", "float32", "--seconds", "0.01"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    # No terminal here: a line for each race instead of a bar.
+    races = err.splitlines()
+    assert len(races) == 12
+    assert re.fullmatch(r"1/12  rms_norm, float32, small, forward: \d+\.\d s", races[0])
+    assert re.search(r"\nTook \d+ min \d+ s\. Kept in ", out)
     assert _devices.cpu_model() in out
     assert "cpu, us  reference, us  order" in out
     row = next(line for line in out.splitlines() if line.startswith("swiglu"))
@@ -430,6 +515,68 @@ def test_tune_measures_and_is_believed(monkeypatch, capsys, cache):
     assert f"Kept in {cache / 'lemur_fast'}" in out
     assert chosen() == chosen("swiglu") == "reference"
     assert chosen("rotary") == chosen(dtype=torch.bfloat16) == "cpu"
+
+
+TUNE_ONE = ["tune", "--device", "cpu", "--ops", "swiglu", "--dtypes", "float32", "--seconds", "0.01"]
+
+
+def test_a_place_that_cannot_be_written_is_reported_before_the_first_race(monkeypatch, cache):
+    def never(*_: Any) -> Any:
+        raise AssertionError("a race")
+
+    (cache / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    monkeypatch.setattr(tuning, "measure", never)
+    with pytest.raises(SystemExit) as stop:
+        main.main(TUNE_ONE)
+    expected = f"python -m lemur_fast tune: nothing can be kept in {cache}/file/lemur_fast: Not a directory"
+    assert stop.value.code == expected  # which Python prints, and exits with 1
+
+
+@pytest.mark.usefixtures("homeless")
+def test_tune_without_a_home_directory_says_so():
+    with pytest.raises(
+        SystemExit, match=r"kept in ~/.cache/lemur_fast: there is no home directory; set XDG_CACHE_HOME"
+    ):
+        main.main(TUNE_ONE)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, where nobody makes folders")
+def test_no_traceback_where_nothing_can_be_written():
+    environment = os.environ | {"XDG_CACHE_HOME": "/proc/nowhere"}
+    command = [sys.executable, "-m", "lemur_fast", *TUNE_ONE]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("python -m lemur_fast tune: nothing can be kept in /proc/nowhere/lemur_fast: ")
+
+
+def test_results_are_printed_when_they_cannot_be_kept(monkeypatch, capsys, cache):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    scripted(monkeypatch, {"cpu": 0.003, "reference": 0.001})
+    monkeypatch.setattr(preferences, "write_json", full)
+    with pytest.raises(SystemExit) as stop:
+        main.main(TUNE_ONE)
+    assert stop.value.code == (
+        f"python -m lemur_fast tune: nothing can be kept in {cache}/lemur_fast: No space left on device"
+    )
+    out = capsys.readouterr().out
+    assert "6 of 6 orders differ" in out
+    assert "Kept" not in out
+
+
+def test_a_folder_that_takes_no_new_files_is_found_out(monkeypatch, cache):
+    def refuse(**_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    preferences.check_writable(CPU)
+    assert [file.suffix for file in (cache / "lemur_fast").iterdir()] == [".lock"]
+    monkeypatch.setattr(preferences.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PermissionError):
+        preferences.check_writable(CPU)
 
 
 def test_the_command_from_end_to_end(cache):
