@@ -64,7 +64,7 @@ _COSTS: tuple[tuple[re.Pattern, tuple[tuple[str, float], ...], float], ...] = tu
         (r"cvt\.rn\.f32\.[us]\d+|cvt\.r.i.*", (("special", 1),), 1),
         (r"(add|sub|mul|fma|neg|abs)\.(rn\.)?(ftz\.)?(f32|b?f16(x2)?)|fma\.rn.*", (("float32", 1),), 1),
         (r"(mul|mad)\.lo\.[us]64", (("integer", 4),), 4),
-        (r"(add|sub|shl|shr|and|or|xor|max|min|setp\.\w+|selp)\.[busf]64", (("integer", 2),), 2),
+        (r"(add|sub|shl|shr|and|or|xor|not|neg|max|min|setp\.\w+|selp)\.[busf]64", (("integer", 2),), 2),
         (r"(shfl|vote)\..*", (("shared", 1),), 1),
         (r"(ld|st|cp\.async\.c[ag]|ldmatrix|stmatrix)\..*", (), 1),
         (r"mma\.sync\.aligned\.m16n8k16\..*", (("tensor", 16 * 8 * 16 / 32),), 1),
