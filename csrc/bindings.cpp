@@ -321,9 +321,10 @@ PYBIND11_MODULE(_C, m) {
   checked::def_cross_entropy_bwd(cpu, with_labels(checked::cross_entropy_bwd, &Kernels::cross_entropy_bwd));
   cpu.def("trained_rows", &trained_rows, "labels"_a, "rows"_a, "vocab"_a, "ignore_index"_a, "out"_a,
           "Writes the positions of labels [rows] that are not ignored, and returns their number.");
-  cpu.def("sum_losses", &sum_losses, "loss"_a, "labels"_a, "rows"_a, "ignore_index"_a, "total"_a, "items"_a,
-          "Sum of losses [rows]; unless items is 0, their mean over the labels that are not ignored, and how many those "
-          "are, at least 1.");
+  cpu.def(
+      "sum_losses", &sum_losses, "loss"_a, "labels"_a, "rows"_a, "ignore_index"_a, "total"_a, "items"_a,
+      "Sum of losses [rows]; unless items is 0, their mean over the labels that are not ignored, and how many those "
+      "are, at least 1.");
   cpu.def("attention_fwd", &attention_fwd, "cu_seqlens"_a, "cu_seqlens_k"_a, "num_documents"_a, "q"_a, "k"_a, "v"_a,
           "out"_a, "lse"_a, "query_tokens"_a, "key_tokens"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "causal"_a,
           "window"_a, "softcap"_a, "scale"_a, "dtype"_a,

@@ -1,7 +1,7 @@
 // The table of CPU kernels. Every kernel is compiled once per instruction set; isa.cpp chooses a table at run time.
 //
-// To add an op: its arguments here (in arguments.h, when GPUs have it too) and a line in Kernels, its file in csrc/cpu and
-// in CMakeLists.txt (CPU_KERNELS), a line in kernels.cpp, a binding in bindings.cpp.
+// To add an op: its arguments here (in arguments.h, when GPUs have it too) and a line in Kernels, its file in csrc/cpu
+// and in CMakeLists.txt (CPU_KERNELS), a line in kernels.cpp, a binding in bindings.cpp.
 #pragma once
 
 #include <cstdint>
