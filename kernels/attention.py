@@ -147,10 +147,10 @@ def tiles_for(q: Tensor, options: Options, measured: MeasuredTiles | None = None
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Tiles worth measuring beside one: a factor of 2 in one number, or a stage more or less."""
     own, walked, warps, stages, _ = tile
-    yield from (Tile(own, size, warps, stages) for size in (walked // 2, walked * 2) if size >= 16)
-    yield from (Tile(size, walked, warps, stages) for size in (own // 2, own * 2) if size >= 16)
-    yield Tile(own, walked, 4 if warps == 8 else 8, stages)
-    yield from (Tile(own, walked, warps, number) for number in (stages - 1, stages + 1) if number >= 1)
+    yield from (tile._replace(walked=size) for size in (walked // 2, walked * 2) if size >= 16)
+    yield from (tile._replace(own=size) for size in (own // 2, own * 2) if size >= 16)
+    yield tile._replace(num_warps=4 if warps == 8 else 8)
+    yield from (tile._replace(num_stages=number) for number in (stages - 1, stages + 1) if number >= 1)
 
 
 # ---- which tokens a tile has -----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_a_label_outside_the_vocabulary_is_named(wrong):
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5000])
 @pytest.mark.parametrize("count", [False, True])
-def test_sum_and_number_of_the_trained(rows, count):
+def test_sum_or_mean_and_number_of_the_trained(rows, count):
     loss, labels = torch.randint(-9, 9, (rows,)).float(), torch.randint(0, 2, (rows,)) * IGNORED
     total, items = Output((1,), torch.float32), Output((1,), torch.float32)
     C.cpu.sum_losses(
@@ -45,10 +45,12 @@ def test_sum_and_number_of_the_trained(rows, count):
         total=total.data_ptr(),
         items=items.data_ptr() if count else 0,
     )
-    assert total.written().item() == loss.sum().item()
     if count:
-        assert items.written().item() == max(1, int((labels != IGNORED).sum()))
+        trained = max(1, int((labels != IGNORED).sum()))
+        assert items.written().item() == trained
+        torch.testing.assert_close(total.written()[0], loss.sum() / trained, rtol=1e-7, atol=0)
     else:
+        assert total.written().item() == loss.sum().item()
         assert items.written().isnan()
 
 
