@@ -395,11 +395,7 @@ def save(device: torch.device, orders: dict[Key, Order], tiles: dict[int, Tiles]
             "orders": [
                 key._asdict() | {"order": order} for key, order in sorted((before.orders | orders).items(), key=_rank)
             ],
-            "tiles": [
-                # Without the last number of a tile, the registers, which only tiles for float32 have.
-                {"head_dim": limit, "tiles": [tile[:4] for tile in found]}
-                for limit, found in sorted((before.tiles | tiles).items())
-            ],
+            "tiles": [{"head_dim": limit, "tiles": found} for limit, found in sorted((before.tiles | tiles).items())],
         }
         write_json(path, content)
     forget()
