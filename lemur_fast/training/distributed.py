@@ -170,6 +170,7 @@ def shard(
     for module in sharded.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum with a factor
     return sharded
 
 
