@@ -25,18 +25,24 @@ def numbered_folder(base: str | Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def run_folder(out: Path | None, default: str | Path, overwrite: bool = False) -> Path:
-    """Make the folder of a run: new or empty, and writable.
+def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
+    """Make the folder of a run: new or empty, and writable; or find the one to resume.
 
     Args:
         out: the folder that the user asked for, or None for `default`, numbered when it is taken.
         default: such as `runs/pretrain-tiny`.
         overwrite: delete the earlier run in `out`.
+        resume: return the run that is in `out`, or the latest of the numbered ones, if there is one.
 
     Raises:
         FileExistsError: `out` is not empty, and was not to be deleted or is no run.
         OSError: the folder cannot be made.
     """
+    if resume:
+        runs = [out] if out else sorted(Path(default).parent.glob(f"{Path(default).name}*"), key=_number)
+        runs = [run for run in runs if (run / "run.json").is_file()]
+        if runs:
+            return runs[-1]
     if out is None:
         return numbered_folder(default)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -46,6 +52,12 @@ def run_folder(out: Path | None, default: str | Path, overwrite: bool = False) -
             raise FileExistsError(f"--overwrite: {out} holds no run.json, so it is no run, and is left alone")
         shutil.rmtree(out)
     return numbered_folder(out)
+
+
+def _number(run: Path) -> int:
+    """The number at the end of a run's name; those of other names come first."""
+    last = run.name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else 1
 
 
 def save_model(
@@ -58,7 +70,7 @@ def save_model(
     """Write a Hugging Face model folder: config, fp32 safetensors, tokenizer, generation config.
 
     A stock model is made without memory of its own, given the weights, and saved: what was trained, wrapped and patched
-    leaves no trace. The folder appears only when it is whole.
+    leaves no trace. The folder appears only when it is whole, and takes the place of one that an earlier part of the run left.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -66,6 +78,6 @@ def save_model(
     model.tie_weights()
     model.config.dtype = torch.float32
     model.generation_config = generation
-    with staged_folder(folder) as staging:
+    with staged_folder(folder, replace=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
