@@ -53,8 +53,8 @@ class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
         """For each micro-batch of this process the source of every token, int64 [T]; padding counts as source 0."""
         tags = []
         for row in self._own(rows):
-            documents, _, lengths = (np.array(column, np.int64) for column in (zip(*row, strict=True) if row else [[]] * 3))
-            tag = np.repeat(self.documents.sources[documents], lengths)
+            segments = np.array(row, np.int64).reshape(-1, 3)  # document, start, length
+            tag = np.repeat(self.documents.sources[segments[:, 0]], segments[:, 2])
             tags.append(torch.from_numpy(np.pad(tag, (0, self.mixture.row_tokens - len(tag)))))
         return tags
 

@@ -565,9 +565,7 @@ def _loss(
             num_items_in_batch=num_items,
             ignore_index=ignore_index,
         )
-    return _recorded(
-        ops.cross_entropy, record_stats, logits, labels, num_items=num_items, ignore_index=ignore_index
-    )
+    return _recorded(ops.cross_entropy, record_stats, logits, labels, num_items=num_items, ignore_index=ignore_index)
 
 
 def _recorded(

@@ -5,12 +5,13 @@
       .metadata           what lies where in them
       state.json          step, settings, data position, ...; and size and CRC-32 of every file above
 
-The state is copied, and written by another thread while training goes on; into a folder beside, which is renamed when it
-is whole and on the disk. A checkpoint is therefore either there or not. One that was damaged later is noticed by its
+The state is copied, and written by another thread while training goes on; into a folder beside, which is renamed when
+it is whole and on the disk. A checkpoint is therefore either there or not. One that was damaged later is noticed by its
 checksums, set aside, and the one before it is used.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -210,8 +211,10 @@ class Checkpoints:
             if reason is None:
                 return json.loads((folder / "state.json").read_text(encoding="utf-8"))
             aside = folder.with_name(f"{folder.name}.damaged")
-            self.world.print(f"WARNING    {folder} is damaged: {reason}. Set aside as {aside.name}, the one before is used")
-            self.world.first(lambda folder=folder, aside=aside: _set_aside(folder, aside))
+            self.world.print(
+                f"WARNING    {folder} is damaged: {reason}. Set aside as {aside.name}, the one before is used"
+            )
+            self.world.first(functools.partial(_set_aside, folder, aside))
         return None
 
     def _forget_old(self) -> None:
@@ -244,6 +247,35 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], ignored: Itera
     return {
         name: f"was {saved.get(name)}, is {plain.get(name)}" for name in names if saved.get(name) != plain.get(name)
     }
+
+
+def check_same_run(
+    saved: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str], changeable: Iterable[str], allowed: bool
+) -> None:
+    """Refuse to go on from a checkpoint of another training, naming what differs.
+
+    Args:
+        saved: settings that the checkpoint was written with.
+        now: those of this run.
+        ignored: names that say nothing of the training.
+        changeable: names that may change in the middle of a run, when that is asked for.
+        allowed: whether it was asked for, by --resume-changed.
+
+    Raises:
+        ValueError: settings differ.
+    """
+    changed = differences(saved, now, ignored)
+    fatal = {name: what for name, what in changed.items() if name not in set(changeable)}
+    named = "; ".join(f"--{name.replace('_', '-')} {what}" for name, what in (fatal or changed).items())
+    if fatal:
+        raise ValueError(
+            f"--resume: this is not the run that was stopped: {named}. Resume with what it had, or start a new run "
+            "from its model with --model"
+        )
+    if changed and not allowed:
+        raise ValueError(
+            f"--resume: settings are not what they were: {named}. To go on with these, add --resume-changed"
+        )
 
 
 def _set_aside(folder: Path, aside: Path) -> None:
@@ -281,7 +313,7 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(staging)
         self.staging, self.target, self.facts, self.renamed = staging, target, facts, renamed
 
-    def write_data(self, plan: Any, planner: Any) -> Future:
+    def write_data(self, plan: Any, planner: Any) -> Any:
         """Write this process's share; its checksums lie beside it until `finish` collects them."""
         written = super().write_data(plan, planner)
         prefix = plan.storage_data.prefix
@@ -298,7 +330,7 @@ class _Writer(dcp.FileSystemWriter):
             files |= json.loads(sums.read_text(encoding="utf-8"))
             sums.unlink()
         state = self.staging / "state.json"
-        state.write_text(json.dumps({**self.facts, "files": files}, indent=2) + "\n", encoding="utf-8")
+        state.write_text(json.dumps({**self.facts, "files": files}, indent=2, default=str) + "\n", encoding="utf-8")
         _sync(state)
         _sync(self.staging)
         self.staging.rename(self.target)

@@ -128,12 +128,13 @@ def process_group(device: str | torch.device, shard_size: int | None = None) -> 
             mesh = init_device_mesh(device.type, (size,))
         else:
             mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-        yield World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+        writers: Any = dist.new_group(backend="gloo")
+        yield World(rank, size, device, mesh, writers)
     except Exception as error:
         if size > 1:
             traceback.print_exc()
             print(
-                f"process {rank} of {size} stops: {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
+                f"process {rank} of {size} stops: {(str(error) or type(error).__name__).splitlines()[0]}. "
                 "If another one died before, this is only its echo. Nothing that a checkpoint holds is lost: "
                 "run the same command with --resume auto",
                 file=sys.stderr,
@@ -167,7 +168,7 @@ def shard(
             layer.compile()
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     sharded = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    for module in sharded.modules():
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other sum with a factor

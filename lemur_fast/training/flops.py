@@ -26,10 +26,15 @@ PEAKS = {
 """Dense bfloat16 products with float32 sums, FLOP/s, from the makers' datasheets; never the figure "with sparsity"."""
 
 
+def key_value_heads(config: LlamaConfig) -> int:
+    """Key and value heads; as many as query heads where the configuration does not say."""
+    return config.num_key_value_heads or config.num_attention_heads
+
+
 def matrix_parameters(config: LlamaConfig) -> tuple[int, int]:
     """Elements of the matrices that every token is multiplied with: in all layers, and in the output layer."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    attention = config.hidden_size * head * 2 * (config.num_attention_heads + key_value_heads(config))
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     return config.num_hidden_layers * layer, config.vocab_size * config.hidden_size
 

@@ -1,4 +1,4 @@
-"""Steps that would do harm are not taken: a loss or gradient that is not finite, or a gradient far above its usual norm.
+"""Steps that would do harm are not taken: a loss or gradient that is not finite, a gradient far above its usual norm.
 
 The decision is made on the device, and the optimizer reads it there (`found_inf`, which AdamW's fused kernel takes for
 mixed-precision training): the host learns of it a step later, when nothing has to wait for it.

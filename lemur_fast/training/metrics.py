@@ -1,4 +1,4 @@
-"""What a run reports: one line of JSON a step, the same in TensorBoard and other trackers, and a picture of the losses."""
+"""What a run reports: a line of JSON a step, the same in TensorBoard and other trackers, a picture of the losses."""
 
 import importlib
 import json
@@ -70,6 +70,13 @@ class MetricsLog:
         """Steps and values at which `name` was recorded."""
         found = [(record["step"], record[name]) for record in self.records if record.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """The latest value of every name that begins with `prefix`."""
+        latest: dict[str, float] = {}
+        for record in self.records:
+            latest |= {name: value for name, value in record.items() if name.startswith(prefix)}
+        return latest
 
     def __enter__(self) -> "MetricsLog":
         return self

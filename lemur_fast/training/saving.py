@@ -2,11 +2,19 @@
 
 import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from lemur_fast.files import staged_folder
 
@@ -70,7 +78,7 @@ def save_model(
     """Write a Hugging Face model folder: config, fp32 safetensors, tokenizer, generation config.
 
     A stock model is made without memory of its own, given the weights, and saved: what was trained, wrapped and patched
-    leaves no trace. The folder appears only when it is whole, and takes the place of one that an earlier part of the run left.
+    leaves no trace. The folder appears only when it is whole; one from before the run went on is replaced.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -81,3 +89,16 @@ def save_model(
     with staged_folder(folder, replace=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+
+
+def sample(folder: Path, prompts: Mapping[str, str], max_tokens: int, seed: int) -> str:
+    """What the saved model writes after each prompt, loaded by stock transformers as anybody would."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    texts = []
+    for kind, prompt in prompts.items():
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=max_tokens)
+        texts.append(f"--- a sample of {kind}\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n")
+    return "".join(texts)

