@@ -36,7 +36,7 @@ def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_dec
 def clip_gradients(parameters: Iterable[nn.Parameter], longest: float, mesh: DeviceMesh | None = None) -> Tensor:
     """Scale the gradients of all parameters together down to a norm of `longest`, in place; no host sync.
 
-    What `torch.nn.utils.clip_grad_norm_` does, but rows are summed one by one, and together in float64: torch's sum of a
+    What `torch.nn.utils.clip_grad_norm_` does, but rows are summed one by one, then in float64: torch's sum of a
     large matrix on a CPU is off by a thousandth, and by another amount when the matrix is split over processes.
 
     Args:
