@@ -86,7 +86,9 @@ def load_weights(model: Any, folder: Path, device: torch.device) -> None:
     if model.config.tie_word_embeddings:  # memory was given to each of the two
         model.lm_head.weight = model.model.embed_tokens.weight
     rotary: Any = model.model.rotary_emb
-    for name, buffer in type(rotary)(config=model.config, device=device).named_buffers():  # in no file
+    with device:
+        fresh = type(rotary)(config=model.config)
+    for name, buffer in fresh.named_buffers():  # in no file
         setattr(rotary, name, buffer)
     state: dict[str, Any] = dict(get_model_state_dict(model))
     reader = HuggingFaceStorageReader(str(folder))
