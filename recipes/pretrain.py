@@ -194,7 +194,7 @@ PRESETS = {
         _GPU,
         **{"preset": "llama2-70b", "model": "meta-llama/Llama-2-70b-hf", "batch_tokens": 2**22, "steps": 21458},
         **{"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "plan_gpus": 64},
-        **{"lr": 5e-5},
+        **{"lr": 5e-5, "checkpointing": "full"},
     ),
 }
 
