@@ -21,7 +21,8 @@ def documents():
     kinds = np.array(["code"] * 400 + ["text"] * 300, dtype=object)
     lengths = np.concatenate([rng.lognormal(6, 1.2, 400), rng.lognormal(4.5, 1, 300)]).astype(np.int64) + 2
     order = rng.permutation(700)
-    return SimpleNamespace(lengths=lengths[order], kinds=kinds[order])
+    sources = np.where(kinds == "text", "docs", np.where(rng.random(700) < 0.3, "stack", "stdlib")).astype(object)
+    return SimpleNamespace(lengths=lengths[order], kinds=kinds[order], sources=sources[order])
 
 
 def take(mixture, count):
