@@ -84,7 +84,8 @@ def run_local(corpus: Corpus, workers: int = 0, tasks: int = 0, progress: bool =
         corpus: what `plan` made.
         workers: processes; 0 for as many as there are cores if the corpus has work for them, and for this one alone if
             not. A process alone tokenizes on all cores by threads.
-        tasks: tasks that the pieces of a stage are dealt to; 0 for one a piece. The store is the same for any number.
+        tasks: tasks that the pieces of a stage are dealt to; 0 for four a process, or one for one. The store is the same
+            for any number.
         progress: show a progress bar for each stage.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -95,7 +96,7 @@ def run_local(corpus: Corpus, workers: int = 0, tasks: int = 0, progress: bool =
     try:
         for stage in _missing(corpus):
             pieces = len(stage.sizes(corpus))
-            number = min(tasks or pieces, pieces)
+            number = min(tasks or (4 * workers if workers > 1 else 1), pieces)
             with _bar(corpus, stage, progress):
                 LocalPipelineExecutor(
                     [Step(corpus, stage, quiet=True)],
