@@ -7,7 +7,7 @@
     python recipes/prepare_data.py --sources corpus.toml --out corpora/big --executor slurm --cluster.partition cpu
     python recipes/pretrain.py --data corpora/mine                    # train on it
 
-Run the same command again after an interruption or a full disk: it continues where it was. What it leaves in the folder:
+Run the same command again after an interruption or a full disk: it continues where it was. What it leaves behind:
 
     manifest.json    for every source: what came in, what was dropped and why, what was kept, licence, hash
     summary.html     the same, to look at in a browser
@@ -100,7 +100,7 @@ def all_sources(args: PrepareData) -> list[Source]:
 def report(store: TokenStore) -> str:
     """What is in the store, and how far it goes at pretrain.py's mixture."""
     lines = [store.describe()]
-    tokens = {kind: 0 for kind in MIXTURE}
+    tokens = dict.fromkeys(MIXTURE, 0)
     for source in store.manifest["sources"].values():
         tokens[source["kind"]] = tokens.get(source["kind"], 0) + source["train"]["tokens"]
     if all(tokens[kind] for kind in MIXTURE):
@@ -108,7 +108,9 @@ def report(store: TokenStore) -> str:
         first = min(rounds, key=lambda kind: rounds[kind])
         total = rounds[first] * sum(MIXTURE.values())
         mixture = ":".join(str(weight) for weight in MIXTURE.values())
-        lines.append(f"mixture    at {':'.join(MIXTURE)} = {mixture}, {total:,.0f} tokens until {first} begins to repeat")
+        lines.append(
+            f"mixture    at {':'.join(MIXTURE)} = {mixture}, {total:,.0f} tokens until {first} begins to repeat"
+        )
     return "\n".join(lines)
 
 
@@ -122,7 +124,9 @@ def prepare_data(args: PrepareData) -> int:
         corpus = plan(args.out, all_sources(args), tokenizer, settings, notice)
         if args.executor == "slurm":
             jobs = submit_slurm(corpus, args.cluster)
-            print(f"submitted  {len(jobs)} jobs: {', '.join(jobs)}; the corpus is whole when {args.out} has manifest.json")
+            print(
+                f"submitted  {len(jobs)} jobs: {', '.join(jobs)}; the corpus is whole when {args.out} has manifest.json"
+            )
             return 0
         if (args.out / "manifest.json").is_file():
             print(f"{args.out} is finished already")

@@ -26,8 +26,8 @@ class EvaluationSets:
         """Read evaluation sets.
 
         Args:
-            paths: files of JSON lines (compressed or not), JSON, parquet, or text, and folders of those. Every string in
-                them, however deep, is an item; a text file is one.
+            paths: files of JSON lines (compressed or not), JSON, parquet, or text, and folders of those. Every string
+                in them, however deep, is an item; a text file is one.
             ngram_words: words in a run.
 
         Raises:

@@ -1,7 +1,7 @@
 """What runs the stages of the pipeline: datatrove's executors, on this machine, on Slurm, or on Ray.
 
-A stage becomes a datatrove pipeline of one step; a task takes every n-th of its pieces and does those that are not done.
-That makes a run resumable piece by piece, whatever datatrove remembers of its tasks.
+A stage becomes a datatrove pipeline of one step; a task takes every n-th of its pieces and does those that are not
+done. That makes a run resumable piece by piece, whatever datatrove remembers of its tasks.
 """
 
 import contextlib
@@ -66,27 +66,30 @@ def _progress_folder(corpus: Corpus, stage: Stage) -> Path:
     return corpus.folder / "work" / "progress" / stage.name
 
 
-def _missing(corpus: Corpus) -> list[Stage]:
+def _missing(corpus: Corpus, stages: Sequence[Stage] = STAGES) -> list[Stage]:
     """Stages with pieces that are not done."""
     if (corpus.folder / "manifest.json").is_file():
         return []
     return [
         stage
-        for stage in STAGES
+        for stage in stages
         if not all(stage.output(corpus, piece).exists() for piece in range(len(stage.sizes(corpus))))
     ]
 
 
-def run_local(corpus: Corpus, workers: int = 0, tasks: int = 0, progress: bool = True) -> None:
+def run_local(
+    corpus: Corpus, workers: int = 0, tasks: int = 0, progress: bool = True, stages: Sequence[Stage] = STAGES
+) -> None:
     """Run the stages that are not done, on this machine.
 
     Args:
         corpus: what `plan` made.
         workers: processes; 0 for as many as there are cores if the corpus has work for them, and for this one alone if
             not. A process alone tokenizes on all cores by threads.
-        tasks: tasks that the pieces of a stage are dealt to; 0 for four a process, or one for one. The store is the same
-            for any number.
+        tasks: tasks that the pieces of a stage are dealt to; 0 for four a process, or one for one. The store is the
+            same for any number.
         progress: show a progress bar for each stage.
+        stages: those to run; the stages before them must be done.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or (cores if len(corpus.parts) >= 2 * cores else 1)
@@ -94,7 +97,7 @@ def run_local(corpus: Corpus, workers: int = 0, tasks: int = 0, progress: bool =
     logger.disable("datatrove")
     multiprocess.set_forkserver_preload(["__main__", __name__])
     try:
-        for stage in _missing(corpus):
+        for stage in _missing(corpus, stages):
             pieces = len(stage.sizes(corpus))
             number = min(tasks or (4 * workers if workers > 1 else 1), pieces)
             with _bar(corpus, stage, progress):
@@ -169,7 +172,8 @@ class Cluster:
 def submit_slurm(corpus: Corpus, cluster: Cluster) -> list[str]:
     """Submit the stages that are not done to Slurm, each to begin when the one before has ended well.
 
-    The folder must be one that every node sees. Returns the ids of the jobs. Submit again after a failure: it continues.
+    The folder must be one that every node sees. Returns the ids of the jobs. Submit again after a failure: it
+    continues.
     """
     from datatrove.executor import SlurmPipelineExecutor
 
@@ -235,7 +239,9 @@ def build_store(
         tokenizer: gives the ids.
         settings: what decides which documents are kept.
         tokenizer_notice: origin and licence of the tokenizer, for the manifest.
-        workers, tasks, progress: as for `run_local`.
+        workers: as for `run_local`.
+        tasks: as for `run_local`.
+        progress: as for `run_local`.
 
     Raises:
         ValueError: a source or setting cannot be used, or no document is left to train on.

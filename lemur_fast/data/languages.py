@@ -87,7 +87,7 @@ def language_of(name: str, head: bytes = b"") -> str | None:
     known = _NAMES.get(path.name) or _BY_EXTENSION.get(path.suffix.lower())
     if known or not (match := _SHEBANG.match(head)):
         return known
-    command, *arguments = [match[1], *match[2].split()]
+    command, arguments = match[1], match[2].split()
     if command.endswith(b"/env"):  # `#!/usr/bin/env -S python3 -u`: the first word that is no option
         command = next((word for word in arguments if not word.startswith(b"-")), b"")
     interpreter = PurePath(command.decode("ascii", "replace")).name

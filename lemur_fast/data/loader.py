@@ -73,7 +73,7 @@ class HeldOut:
 def held_out_batches(
     documents: Documents, kind: str, tokens: int, row_tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> HeldOut:
-    """About `tokens` tokens of the held-out documents of a kind or source; the same ones for every run on the same store.
+    """About `tokens` held-out tokens of a kind or source; the same documents for every run on the same store.
 
     Raises:
         ValueError: there are none.

@@ -7,8 +7,9 @@
       4  packed, a window of rows at a time, without cutting any segment again
       5  the rows of a window: shuffled, then put in the order that keeps the mixture from row to row
 
-What is weighed is a kind, or a source by its name. Only lengths are looked at here; the tokens are read when a row is. The order is a pure function of (seed, position):
-two mixtures of the same store, weights and seed give the same rows, and `state()` returns to any of them.
+What is weighed is a kind, or a source by its name. Only lengths are looked at here; the tokens are read when a row is.
+The order is a pure function of (seed, position): two mixtures of the same store, weights and seed give the same rows,
+and `state()` returns to any of them. In memory a segment takes 32 bytes, and a document 8.
 """
 
 import logging
@@ -114,7 +115,9 @@ class Mixture(Iterator[Row]):
                 )
             others = set(self.kinds[of_kind].tolist()) - {None}
             if others:
-                raise ValueError(f"mixture: documents of {kind!r} are weighed as {others.pop()!r}, too; name one of them")
+                raise ValueError(
+                    f"mixture: documents of {kind!r} are weighed as {others.pop()!r}, too; name one of them"
+                )
             self.kinds[of_kind] = kind
         total = sum(weights.values())
         self.weights = {kind: weight / total for kind, weight in weights.items()}

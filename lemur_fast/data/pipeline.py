@@ -11,10 +11,12 @@
 
 A stage is a list of pieces that need nothing of one another, and whatever runs them, in whatever order and on however
 many machines, the store is the same, byte by byte. A piece writes its output beside and renames it, so a run that was
-interrupted, or met a full disk, continues with the pieces that are missing. `lemur_fast.data.executors` runs the stages.
+interrupted, or met a full disk, continues with the pieces that are missing. `lemur_fast.data.executors` runs the
+stages.
 
-Of the texts a process holds a few megabytes at a time. What grows with the corpus is 32 bytes a document while a band is
-matched, and about 100 for each near duplicate found.
+Of the texts a process holds a few megabytes at a time. What grows with the corpus is 32 bytes a document while a band
+is matched, and about 100 for each near duplicate found. On disk, while it is made, a document takes its text and 200
+bytes more.
 """
 
 import contextlib
@@ -51,12 +53,17 @@ _BATCH_BYTES, _BATCH_DOCUMENTS = 4 * 2**20, 1024  # held in memory at a time
 _EXAMPLES = 12  # pairs of near duplicates that the summary shows
 
 _READ = pa.schema(
-    [("name", pa.string()), ("licence", pa.string()), ("language", pa.string()), ("reason", pa.string())]
-    + [("bytes", pa.int64()), ("text", pa.large_string())]
+    {
+        **dict.fromkeys(("name", "licence", "language", "reason"), pa.string()),
+        **{"bytes": pa.int64(), "text": pa.large_string()},
+    }
 )
 _LEDGER = pa.schema(
-    [("source", pa.string()), ("name", pa.string()), ("language", pa.string()), ("bytes", pa.int64())]
-    + [("tokens", pa.int64()), ("fate", pa.string()), ("like", pa.string()), ("similarity", pa.float32())]
+    {
+        **dict.fromkeys(("source", "name", "language"), pa.string()),
+        **dict.fromkeys(("bytes", "tokens"), pa.int64()),
+        **{"fate": pa.string(), "like": pa.string(), "similarity": pa.float32()},
+    }
 )
 
 
@@ -239,8 +246,9 @@ def read(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None:
                 }
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, _READ))
                 digests.append(
-                    np.frombuffer(b"".join(b"\0" * 16 if t is None else text_digest(t) for t in texts), np.uint64)
-                    .reshape(-1, 2)
+                    np.frombuffer(
+                        b"".join(b"\0" * 16 if t is None else text_digest(t) for t in texts), np.uint64
+                    ).reshape(-1, 2)
                 )
                 alive += [documents + row for row in left]
                 if corpus.settings.near_duplicates:
@@ -323,7 +331,9 @@ def verify(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None:
         begin, end = np.searchsorted(pairs[:, 0], here)
         slices.append(pairs[begin:end])
     pairs = np.unique(np.concatenate(slices), axis=0)
-    found = list(dedup.verified(pairs, lambda document: corpus.value("text", document), corpus.settings.near_duplicates))
+    found = list(
+        dedup.verified(pairs, lambda document: corpus.value("text", document), corpus.settings.near_duplicates)
+    )
     similar = np.array([pair[:2] for pair in found], np.int64).reshape(-1, 2)
     with staged_file(corpus.work("verify", piece, ".npz")) as staging:
         np.savez(staging, pairs=similar, similarities=np.array([pair[2] for pair in found]))
@@ -383,7 +393,9 @@ def tokenize(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None
                     fate = split = split_of(row["text"], corpus.settings.held_out)
                     kept[split].append((row, tokens))
                 count.add(row, fate, len(tokens))
-                met.append((source.name, row["name"], row["language"], row["bytes"], len(tokens), fate, like, similarity))
+                met.append(
+                    (source.name, row["name"], row["language"], row["bytes"], len(tokens), fate, like, similarity)
+                )
                 document += 1
             for split, writer in writers.items():
                 arrays = [pa.array([tokens for _, tokens in kept[split]], schema.field("tokens").type)]
@@ -392,7 +404,9 @@ def tokenize(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None
                     values = [row[label] if constant is None else constant for row, _ in kept[split]]
                     arrays.append(pa.array(values, pa.string()))
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
-            met_columns = [pa.array(column, kind) for column, kind in zip(zip(*met, strict=True), _LEDGER.types, strict=True)]
+            met_columns = [
+                pa.array(column, kind) for column, kind in zip(zip(*met, strict=True), _LEDGER.types, strict=True)
+            ]
             ledger.write_batch(pa.record_batch(met_columns, schema=_LEDGER))
             advance(sum(len(row["text"]) for row in with_text))
     write_json(corpus.work("tokenize", piece, ".json"), vars(count))
@@ -468,12 +482,15 @@ def finish(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None:
     }
     sources = manifest["sources"].items()
     if not any(entry["train"]["documents"] for _, entry in sources):
-        found = "; ".join(f"{name}: {entry['documents']} documents, dropped {entry['dropped']}" for name, entry in sources)
+        found = "; ".join(
+            f"{name}: {entry['documents']} documents, dropped {entry['dropped']}" for name, entry in sources
+        )
         raise ValueError(f"the corpus is empty: nothing is left to train on ({found})")
     near = np.load(corpus.work("resolve", 0, ".npz"))
     some = np.linspace(0, len(near["dropped"]) - 1, min(_EXAMPLES, len(near["dropped"]))).astype(int)
     examples = [
-        (*map(corpus.full_name, near["dropped"][index].tolist()), float(near["similarities"][index])) for index in some
+        (corpus.full_name(gone), corpus.full_name(kept), float(similarity))
+        for (gone, kept), similarity in zip(near["dropped"][some].tolist(), near["similarities"][some], strict=True)
     ]
     write_text(corpus.folder / "summary.html", summary_page(manifest, near["similarities"], examples))
     write_json(corpus.folder / "manifest.json", manifest)

@@ -2,9 +2,9 @@
 
     Source ── parts() ──> parts, each read on its own, by whichever process ── read(part) ──> records
 
-A source has a name, a kind (what the mixture weighs: "code" or "text"), an origin and a licence that a reader can check.
-Its parts and their order depend on the source alone, never on how many processes read them. What cannot be read is a
-record with a problem in the place of a text: it is counted, never left out in silence.
+A source has a name, a kind (what the mixture weighs: "code" or "text"), an origin and a licence that a reader can
+check. Its parts and their order depend on the source alone, never on how many processes read them. What cannot be read
+is a record with a problem in the place of a text: it is counted, never left out in silence.
 """
 
 import bz2
@@ -121,9 +121,7 @@ class Files(Source):
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.languages) - LANGUAGES):
-            raise ValueError(
-                f"source {self.name}: unknown languages {unknown}; known: {', '.join(sorted(LANGUAGES))}"
-            )
+            raise ValueError(f"source {self.name}: unknown languages {unknown}; known: {', '.join(sorted(LANGUAGES))}")
 
     def parts(self) -> list[Part]:
         """Files in order, about `part_bytes` to a part."""
@@ -308,11 +306,12 @@ def _opener(file: str) -> Callable[..., Any]:
     suffix = Path(file).suffix
     if suffix == ".zst":
         return lambda path, _: io.BufferedReader(pa.input_stream(path, compression="zstd"))
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)
 
 
 def json_lines(file: str, start: int = 0, end: int | None = None) -> Iterator[tuple[dict[str, Any] | str, int]]:
-    """(row, or the reason why it is none; place of the line in the file, bytes), for lines that begin in [start, end)."""
+    """Rows, or why they are none, and the places of their lines in the file, for lines that begin in [start, end)."""
     limit = 2 * MAX_DOCUMENT_BYTES  # escapes may double a text; never more of a line than this is held
     try:
         with _opener(file)(file, "rb") as lines:

@@ -1,14 +1,14 @@
 """Sources as users name them: paths on the command line, or a TOML file.
 
-    [[source]]
-    name = "stack-python"                    # in the manifest
-    kind = "code"                            # what the mixture weighs
-    licence = "as each file states"
-    huggingface = "bigcode/the-stack-dedup"  # or `files`, `jsonl`, `parquet`: a list of paths, folders and globs
-    data_dir = "data/python"                 # of a Hugging Face dataset: config, split, data_dir, streaming, take
-    streaming = true
-    columns = { text = "content", name = "path", licence = "licence" }
-    languages = ["python"]
+[[source]]
+name = "stack-python"                    # in the manifest
+kind = "code"                            # what the mixture weighs
+licence = "as each file states"
+huggingface = "bigcode/the-stack-dedup"  # or `files`, `jsonl`, `parquet`: a list of paths, folders and globs
+data_dir = "data/python"                 # of a Hugging Face dataset: config, split, data_dir, streaming, take
+streaming = true
+columns = { text = "content", name = "path", licence = "licence" }
+languages = ["python"]
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from typing import Any
 
 from lemur_fast.data.sources import Columns, Files, HuggingFace, JsonLines, Parquet, Source
 
-_COMMON = {"name": str, "kind": str, "origin": str, "licence": str, "languages": list}
-_TABLE = _COMMON | {"columns": dict}
+_COMMON: dict[str, type] = {"name": str, "kind": str, "origin": str, "licence": str, "languages": list}
+_TABLE: dict[str, type] = _COMMON | {"columns": dict}
 _READERS: dict[str, dict[str, type]] = {
     "files": _COMMON,
     "jsonl": _TABLE,
@@ -41,7 +41,9 @@ def sources_from_toml(path: str | Path) -> list[Source]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     entries = content.get("source")
     if not isinstance(entries, list) or not entries or set(content) != {"source"}:
-        raise ValueError(f"{path} must hold [[source]] entries and nothing else; it holds: {', '.join(content) or 'nothing'}")
+        raise ValueError(
+            f"{path} must hold [[source]] entries and nothing else; it holds: {', '.join(content) or 'nothing'}"
+        )
     return [_source(entry, f"{path}, source {number}", path.parent) for number, entry in enumerate(entries, 1)]
 
 
@@ -88,7 +90,8 @@ def _columns(entry: dict[str, Any], where: str) -> Columns:
 
 def source_from_path(path: str, kind: str, licence: str, languages: tuple[str, ...] = ()) -> Source:
     """A source of one kind from a path: a folder, file or glob; `.jsonl` (compressed or not) and `.parquet` are tables
-    with a column `text`, or else `content`."""
+    with a column `text`, or else `content`.
+    """
     name = Path(path.rstrip("/*")).name.split(".")[0] or kind
     common: dict[str, Any] = {"name": name, "kind": kind, "licence": licence, "origin": path}
     suffixes = Path(path).suffixes

@@ -25,7 +25,7 @@ main { max-width: 1060px; margin: auto; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; letter-spacing: -.01em; }
 h2 { font-size: 1.05rem; margin: 0 0 .9rem; }
 p { margin: .2rem 0; color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 1rem; margin: 1.4rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 1rem; margin: 1.4rem 0; }
 .card, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.3rem; }
 .card b { display: block; font-size: 1.7rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .86rem; }
@@ -40,8 +40,9 @@ section { margin: 1rem 0; overflow-x: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin-top: .9rem; color: var(--soft); font-size: .86rem; }
 .legend i, td i { display: inline-block; width: .75em; height: .75em; border-radius: 3px; margin-right: .4em; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th { text-align: left; color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); padding: .25rem .7rem .35rem 0; }
-td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+th { text-align: left; color: var(--soft); font-weight: 500; white-space: nowrap; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td code { overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font-size: .86em; }
@@ -51,9 +52,7 @@ svg line { stroke: var(--line); }
 """
 
 
-def summary_page(
-    manifest: dict[str, Any], similarities: np.ndarray, examples: Sequence[tuple[str, str, float]]
-) -> str:
+def summary_page(manifest: dict[str, Any], similarities: np.ndarray, examples: Sequence[tuple[str, str, float]]) -> str:
     """The page for a manifest.
 
     Args:
@@ -86,7 +85,9 @@ def summary_page(
             [f"<code>{_text(gone)}</code>", f"<code>{_text(kept)}</code>", f"{similarity:.2f}"]
             for gone, kept, similarity in examples
         ]
-        body.append(_section("Some near duplicates", _table(["dropped", "because this is kept", "similarity"], rows, 1)))
+        body.append(
+            _section("Some near duplicates", _table(["dropped", "because this is kept", "similarity"], rows, 1))
+        )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>The corpus</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -139,7 +140,11 @@ def _cards(sources: dict[str, Any]) -> str:
     for kind in dict.fromkeys(entry["kind"] for entry in entries):
         tokens = sum(entry["train"]["tokens"] for entry in entries if entry["kind"] == kind)
         cards.append((_short(tokens), f"tokens of {_text(kind)} to train on"))
-    return '<div class="cards">' + "".join(f'<div class="card"><b>{n}</b><span>{w}</span></div>' for n, w in cards) + "</div>"
+    return (
+        '<div class="cards">'
+        + "".join(f'<div class="card"><b>{n}</b><span>{w}</span></div>' for n, w in cards)
+        + "</div>"
+    )
 
 
 def _bars(sources: dict[str, Any], colours: dict[str, str], of: str) -> str:
@@ -153,7 +158,9 @@ def _bars(sources: dict[str, Any], colours: dict[str, str], of: str) -> str:
             for what, count, colour in pieces
             if count
         )
-        rows.append(f'<div class="row"><span>{_text(name)}</span><div class="bar">{bar}</div><span>{entry[of]:,}</span></div>')
+        rows.append(
+            f'<div class="row"><span>{_text(name)}</span><div class="bar">{bar}</div><span>{entry[of]:,}</span></div>'
+        )
     legend = {"to train on": _KEPT, "held out": _HELD_OUT} | colours
     marks = "".join(f'<span><i style="background:{colour}"></i>{_text(what)}</span>' for what, colour in legend.items())
     return "".join(rows) + f'<div class="legend">{marks}</div>'
@@ -185,7 +192,9 @@ def _columns(
             parts.append(
                 f'<text x="{left + (index + 0.5) * step:.1f}" y="{height - 10}" text-anchor="middle">{label}</text>'
             )
-    legend = "".join(f'<span><i style="background:{colour_of(i)}"></i>{_text(name)}</span>' for i, name in enumerate(series))
+    legend = "".join(
+        f'<span><i style="background:{colour_of(i)}"></i>{_text(name)}</span>' for i, name in enumerate(series)
+    )
     chart = f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
     return f'{chart}<p style="font-size:.86rem">{axis}</p><div class="legend">{legend}</div>'
 
@@ -196,7 +205,7 @@ def _lengths(sources: dict[str, Any]) -> str:
     powers = [int(power) for counts in found.values() for power in counts]
     span = range(min(powers, default=0), max(powers, default=0) + 1)
     labels = [_binary(2**power) for power in span]
-    series = {kind: [found[kind].get(str(power), 0) for power in span] for kind in kinds}
+    series: dict[str, Sequence[int]] = {kind: [found[kind].get(str(power), 0) for power in span] for kind in kinds}
     axis = "Tokens of a document, from the figure to its double; documents."
     return _columns(labels, series, axis, lambda number: _SERIES[number % len(_SERIES)])
 
@@ -224,7 +233,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int) -> 
     firsts = len(head) - numbers
     top = "".join(f'<th class="{"n" if i >= firsts else ""}">{cell}</th>' for i, cell in enumerate(head))
     lines = [
-        "<tr>" + "".join(f'<td class="{"n" if i >= firsts else ""}">{cell}</td>' for i, cell in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(f'<td class="{"n" if i >= firsts else ""}">{cell}</td>' for i, cell in enumerate(row))
+        + "</tr>"
         for row in rows
     ]
     return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -234,7 +245,7 @@ def _source_table(sources: dict[str, Any]) -> str:
     head = ["source", "kind", "origin", "licence", "documents in", "tokens in", "tokens kept", "held out"]
     rows = [
         [
-            f"<b>{_text(name)}</b><br><code>{entry['hash'].partition(':')[2][:12]}</code>",
+            f'<b>{_text(name)}</b><br><code title="{entry["hash"]}">{entry["hash"].partition(":")[2][:12]}</code>',
             _text(entry["kind"]),
             _text(entry["origin"]),
             _text(entry["licence"]),
@@ -248,8 +259,13 @@ def _source_table(sources: dict[str, Any]) -> str:
 
 def _reason_table(sources: dict[str, Any], colours: dict[str, str]) -> str:
     rows = [
-        [f'<i style="background:{colours[reason]}"></i>{_text(reason)}', _text(name)]
-        + [f"{count['documents']:,}", f"{count['tokens']:,}", f"{count['documents'] / max(1, entry['documents']):.1%}"]
+        [
+            f'<i style="background:{colours[reason]}"></i>{_text(reason)}',
+            _text(name),
+            f"{count['documents']:,}",
+            f"{count['tokens']:,}",
+            f"{count['documents'] / max(1, entry['documents']):.1%}",
+        ]
         for name, entry in sources.items()
         for reason, count in entry["dropped"].items()
     ]

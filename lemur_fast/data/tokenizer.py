@@ -24,7 +24,9 @@ MISTRAL_V1_NOTICE = (
 )
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
-_MIXED = re.compile(f"[^{_SPACE}]{_SPACE}|.\n|\n.", re.DOTALL)  # a piece that spaces or newlines do not begin or make up
+_MIXED = re.compile(
+    f"[^{_SPACE}]{_SPACE}|.\n|\n.", re.DOTALL
+)  # a piece that spaces or newlines do not begin or make up
 
 
 def mistral_model_file() -> Path:

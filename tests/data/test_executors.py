@@ -32,9 +32,7 @@ def files(tmp_path_factory):
         path = root / ("code" if index < 40 else "text") / f"{index:02d}.{'py' if index < 40 else 'md'}"
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(words))
-    return [
-        Files(kind, kind, "a test", "CC0-1.0", (str(root / kind),), part_bytes=3000) for kind in ("code", "text")
-    ]
+    return [Files(kind, kind, "a test", "CC0-1.0", (str(root / kind),), part_bytes=3000) for kind in ("code", "text")]
 
 
 def content(folder):

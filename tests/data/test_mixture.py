@@ -122,7 +122,7 @@ def test_epochs_are_counted_by_source(documents):
             assert {source: of["tokens"] for source, of in read.items() if of["tokens"]} == counts
     for source, of in read.items():
         assert of["epochs"] == counts[source] / documents.lengths[documents.sources == source].sum()
-    assert read["docs"]["epochs"] > 1.2 and read["stdlib"]["epochs"] > 1.2
+    assert min(of["epochs"] for of in read.values()) > 1.2
 
 
 def test_repeating_is_said_aloud(documents, caplog):

@@ -39,7 +39,13 @@ def test_every_document_is_kept_once_or_counted(tmp_path, tokenizer, source, len
     text = source("text", "text", [*TEXT, CODE[5], ""])
     store = build(tmp_path / "store", tokenizer, [code, text], lenient(held_out=0.2))
     entries = store.manifest["sources"]
-    assert dropped(store, "code") == {"exact duplicate": 2, "empty": 1, "unreadable": 1, "wrong encoding": 1, "binary": 1}
+    assert dropped(store, "code") == {
+        "exact duplicate": 2,
+        "empty": 1,
+        "unreadable": 1,
+        "wrong encoding": 1,
+        "binary": 1,
+    }
     assert dropped(store, "text") == {"exact duplicate": 1, "empty": 1}
     assert entries["code"]["documents"] == 66
     assert sorted(read_all(store.train, tokenizer) + read_all(store.held_out, tokenizer)) == sorted(CODE + TEXT)

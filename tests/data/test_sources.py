@@ -158,7 +158,9 @@ def test_json_lines(jsonl):
 def test_json_lines_are_cut_between_lines(tmp_path, monkeypatch, step):
     monkeypatch.setattr(sources, "PART_BYTES", step)
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:9]) + json.dumps(ROWS[9]))  # the last has no newline
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS[:9]) + json.dumps(ROWS[9])
+    )  # the last has no newline
     source = JsonLines(**COMMON, columns=COLUMNS, paths=(str(path),))
     assert len(source.parts()) == -(-path.stat().st_size // step)
     assert [record.name for record in read(source)] == [row["path"] for row in ROWS[:10]]
@@ -223,7 +225,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch, streaming, saved):
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="source s: the dataset .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"source s: the dataset .* cannot be loaded"):
         HuggingFace(**COMMON, path=str(tmp_path / "none")).parts()
 
 
@@ -280,7 +282,7 @@ def test_sources_of_a_path(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text('{"text": "x"}')
     (tmp_path / "a.py").write_text("x")
-    assert [r.text for r in read(source_from_path(str(tmp_path / "rows.parquet"), "text", "l"))][0] == "text 0"
+    assert read(source_from_path(str(tmp_path / "rows.parquet"), "text", "l"))[0].text == "text 0"
     assert [r.text for r in read(source_from_path(str(tmp_path / "*.jsonl"), "text", "l"))] == ["x"]
     assert [r.text for r in read(source_from_path(str(tmp_path / "*.py"), "code", "l"))] == ["x"]
     (tmp_path / "rows.jsonl").write_text('{"body": "x"}')

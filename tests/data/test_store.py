@@ -16,7 +16,9 @@ LONG = " ".join(map(str, range(5000)))
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tokenizer, source, lenient):
     sources = [source("a", "text", [*TEXTS[:20], LONG]), source("b", "code", TEXTS[20:])]
-    return build_store(tmp_path_factory.mktemp("corpus") / "store", sources, tokenizer, lenient(held_out=0.0), progress=False)
+    return build_store(
+        tmp_path_factory.mktemp("corpus") / "store", sources, tokenizer, lenient(held_out=0.0), progress=False
+    )
 
 
 def test_tokens_are_memory_mapped_and_sliced(store, tokenizer):
