@@ -20,13 +20,12 @@ Tracker = Literal["none", "wandb", "trackio"]
 class MetricsLog:
     """Appends to `metrics.jsonl`, writes TensorBoard events, and tells a tracker; a context manager."""
 
-    def __init__(self, folder: Path, resumed_at: int | None = None, tracker: Tracker = "none", **run: Any) -> None:
+    def __init__(self, folder: Path, resumed_at: int = -1, tracker: Tracker = "none", **run: Any) -> None:
         """Open the log in `folder`.
 
         Args:
             folder: of the run.
-            resumed_at: step at which an interrupted run goes on; what was logged after it is dropped, because it comes
-                again.
+            resumed_at: step after which a run goes on; what was logged later is dropped, because it comes again.
             tracker: wandb or trackio, whose package must be installed.
             **run: `project`, `name`, `config`: for the tracker.
 
@@ -45,12 +44,11 @@ class MetricsLog:
             package.init(**run)
         path = folder / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
-        if resumed_at is not None and path.is_file():
+        if path.is_file():
             self.records = [record for record in _records(path) if record["step"] <= resumed_at]
             write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a", encoding="utf-8")
-        purge = None if resumed_at is None else resumed_at + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Record named values of a step; a slash in a name groups it in TensorBoard.
