@@ -58,7 +58,7 @@ from lemur_fast.training.flops import peak_flops
 from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.loop import StepFacts, Telemetry, tracing, train_step
-from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
+from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
 from lemur_fast.training.optimizer import adamw
 from lemur_fast.training.plan import plan
 from lemur_fast.training.saving import run_folder, sample, save_model
@@ -230,6 +230,7 @@ def check(args: Pretrain) -> None:
         raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
     if args.overwrite and (args.out is None or args.resume != "never"):
         raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
+    tracker_package(args.track)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU here")
 

@@ -17,6 +17,20 @@ from lemur_fast.files import staged_file, write_text
 Tracker = Literal["none", "wandb", "trackio"]
 
 
+def tracker_package(tracker: Tracker) -> Any:
+    """The module of a tracker; None for "none".
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if tracker == "none":
+        return None
+    try:
+        return importlib.import_module(tracker)
+    except ImportError as error:
+        raise ValueError(f"--track {tracker}: not installed; run `pip install {tracker}`") from error
+
+
 class MetricsLog:
     """Appends to `metrics.jsonl`, writes TensorBoard events, and tells a tracker; a context manager."""
 
@@ -34,14 +48,9 @@ class MetricsLog:
         """
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, which only recipes need
 
-        self._tracker: Any = None
-        if tracker != "none":
-            try:
-                package = importlib.import_module(tracker)
-            except ImportError as error:
-                raise ValueError(f"--track {tracker}: not installed; run `pip install {tracker}`") from error
-            self._tracker = package
-            package.init(**run)
+        self._tracker = tracker_package(tracker)
+        if self._tracker is not None:
+            self._tracker.init(**run)
         path = folder / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
         if path.is_file():
