@@ -36,6 +36,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.host_overhead
+	$(BIN)/python -m benchmarks.pretrain
 
 gpu-static: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_static --every-option --out docs/gpu-static.md $(ARGS)
