@@ -65,7 +65,10 @@ def write_corpus(folder: Path, megabytes: int, copies: int) -> None:
 
 
 def prepare(folder: str, out: str, connection: multiprocessing.connection.Connection) -> None:
-    """Prepare a corpus in this process alone; send seconds of each stage, of a clock and of cores, and memory before and at its peak, in MB."""
+    """Prepare a corpus in this process alone.
+
+    Sends seconds of each stage by the clock, and of cores; memory before and at its peak, in MB.
+    """
     source = Files("files", "code", "files", "Apache-2.0", (folder,), part_bytes=2**24)
     settings = Settings(quality=Quality.off())
     load_tokenizer(plan(out, [source], load_tokenizer(), settings).folder / "tokenizer")
@@ -93,6 +96,7 @@ def main(arguments: Arguments) -> None:
         "read, s",
         "tokenize, s",
         "M tokens/s",
+        "a core",
         "MB before",
         "MB peak",
     ):
