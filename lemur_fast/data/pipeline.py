@@ -516,6 +516,11 @@ class Stage:
     suffix: str
     unit: str = " pieces"
 
+    @property
+    def counts_pieces(self) -> bool:
+        """Whether its progress is in pieces, not in what it works through."""
+        return self.unit == " pieces"
+
     def output(self, corpus: Corpus, piece: int) -> Path:
         """What is there when a piece is done."""
         return corpus.folder / "manifest.json" if self.name == "finish" else corpus.work(self.name, piece, self.suffix)
