@@ -35,6 +35,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.dedup
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.host_overhead
 	$(BIN)/python -m benchmarks.pretrain
 

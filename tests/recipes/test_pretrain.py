@@ -152,7 +152,7 @@ def tokenizer_and_small_store(tmp_path):
         return Generated(kind, kind, "a test", "CC0-1.0", lambda: iter(texts))
 
     sources = [source("code", 60), source("text", 60)]
-    settings = Settings(held_out=0.3, quality=Quality.off())
+    settings = Settings(held_out=0.3, quality=Quality.off(), near_duplicates=0)
     build_store(tmp_path / "store", sources, load_tokenizer(), settings, progress=False)
     return tmp_path / "store"
 
