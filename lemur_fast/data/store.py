@@ -188,6 +188,14 @@ class Documents:
         ids = self.rows[int(document)]["tokens"]
         return ids[start : None if length is None else start + length].astype(np.int64)
 
+    def trained(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Which tokens of a piece are trained on, bool `[length]`: all, unless the store says something else."""
+        if "trained" in self.rows.column_names:
+            mask = self.rows[int(document)]["trained"]
+        else:
+            mask = np.ones(self.lengths[document], bool)
+        return mask[start : None if length is None else start + length]
+
     def name(self, document: int) -> str:
         """`source/name` of a document, for people to read."""
         row = self.rows[int(document)]
