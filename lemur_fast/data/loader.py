@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lemur_fast import packing
@@ -23,17 +24,44 @@ def packed(documents: Documents, row: Row, row_tokens: int) -> PackedBatch:
 
 
 class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
-    """The steps of a run: for each, the rows it reads and their micro-batches, one per row.
+    """The steps of a run: for each, the rows it reads and the micro-batches of this process, one per row.
+
+    Every process walks through the rows of all, which are but lengths, and reads the tokens of its own: row i belongs
+    to process i modulo their number. So the rows of a step do not depend on how many processes share them. Where that
+    number does not divide them, the last micro-batch of some processes is empty.
 
     Its state is the mixture's: it holds nothing back and reads nothing ahead.
     """
 
-    def __init__(self, documents: Documents, mixture: Mixture, rows_per_step: int) -> None:
+    def __init__(
+        self, documents: Documents, mixture: Mixture, rows_per_step: int, rank: int = 0, processes: int = 1
+    ) -> None:
+        """Read `rows_per_step` rows for every step.
+
+        Raises:
+            ValueError: there are more processes than rows.
+        """
+        if processes > rows_per_step:
+            raise ValueError(f"a step of {rows_per_step} rows cannot be shared by {processes} processes")
         self.documents, self.mixture, self.rows_per_step = documents, mixture, rows_per_step
+        self.rank, self.processes = rank, processes
 
     def __next__(self) -> tuple[list[Row], list[PackedBatch]]:
         rows = [next(self.mixture) for _ in range(self.rows_per_step)]
-        return rows, [packed(self.documents, row, self.mixture.row_tokens) for row in rows]
+        return rows, [packed(self.documents, row, self.mixture.row_tokens) for row in self._own(rows)]
+
+    def tags(self, rows: list[Row]) -> list[Tensor]:
+        """For each micro-batch of this process the source of every token, int64 [T]; padding counts as source 0."""
+        tags = []
+        for row in self._own(rows):
+            segments = np.array(row, np.int64).reshape(-1, 3)  # document, start, length
+            tag = np.repeat(self.documents.sources[segments[:, 0]], segments[:, 2])
+            tags.append(torch.from_numpy(np.pad(tag, (0, self.mixture.row_tokens - len(tag)))))
+        return tags
+
+    def _own(self, rows: list[Row]) -> list[Row]:
+        own = rows[self.rank :: self.processes]
+        return own if len(own) == -(-len(rows) // self.processes) else [*own, []]
 
     def state(self) -> MixtureState:
         """Where the loader stands."""

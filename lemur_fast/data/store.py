@@ -8,6 +8,7 @@ Arrow stream files, read through `datasets.Dataset.from_file`: opening a store o
 on one machine share the pages. Documents carry their bos and eos.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -172,6 +173,9 @@ class Documents:
     """int64 [N]: tokens in each document."""
     kinds: np.ndarray
     """str [N]: what the mixture weighs."""
+    sources: np.ndarray
+    """int64 [N]: the source of each document, an index into `source_names`."""
+    source_names: list[str]
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows.with_format("numpy")
@@ -179,6 +183,8 @@ class Documents:
         lengths = [np.asarray(chunk.value_lengths()) for chunk in table.column("tokens").chunks]
         self.lengths = np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
         self.kinds = table.column("kind").to_numpy()
+        names, self.sources = np.unique(table.column("source").to_numpy().astype(str), return_inverse=True)
+        self.source_names = names.tolist()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -195,6 +201,12 @@ class Documents:
         else:
             mask = np.ones(self.lengths[document], bool)
         return mask[start : None if length is None else start + length]
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the documents' order, lengths, kinds and sources."""
+        digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=8)
+        digest.update(self.sources.tobytes() + "\0".join([*self.source_names, *self.kinds]).encode())
+        return digest.hexdigest()
 
     def name(self, document: int) -> str:
         """`source/name` of a document, for people to read."""

@@ -50,7 +50,7 @@ from lemur_fast.llama.documents import (
     positions_in_documents,
     targets_within_documents,
 )
-from lemur_fast.ops._loss import only_rows
+from lemur_fast.ops._loss import LossStats, only_rows
 
 # Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
 _LAYER_CHECKPOINTS_ITSELF = "__call__" in vars(GradientCheckpointingLayer)
@@ -446,19 +446,22 @@ def causal_lm_forward(
     num_items_in_batch: Tensor | float | int | None = None,
     trained_rows: Tensor | None = None,
     ignore_index: int = -100,
+    record_stats: Callable[[LossStats], None] | None = None,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast | tuple:
     """``LlamaForCausalLM.forward``; also takes documents, and what `PackedBatch.model_inputs` gives.
 
     The loss is Hugging Face's, except that a token whose target lies outside its document predicts nothing.
+    `record_stats` is called with the `LossStats` of the tokens that the layers saw, for figures of single tokens.
     """
     kwargs["cu_seqlens"] = cu_seqlens
     _check_arguments("LlamaForCausalLM", kwargs)
     outputs = _requested_outputs(self, kwargs)
     batch_shape, device = _input_shape(input_ids, inputs_embeds)
     has_labels = labels is not None or shift_labels is not None
-    if not has_labels and trained_rows is not None:
-        raise ValueError("trained_rows: got a tensor without labels or shift_labels")
+    for name, given in (("trained_rows", trained_rows), ("record_stats", record_stats)):
+        if not has_labels and given is not None:
+            raise ValueError(f"{name}: got a value without labels or shift_labels")
     if has_labels and use_cache is None and past_key_values is None:
         use_cache = False  # nobody decodes on from a call that is scored
     plan = plan_call(
@@ -488,6 +491,7 @@ def causal_lm_forward(
             rows=_checked_rows(trained_rows, plan.documents, device),
             num_items=_checked_count(num_items_in_batch),
             ignore_index=ignore_index,
+            record_stats=record_stats,
         )
         loss = _loss(
             self,
@@ -514,22 +518,30 @@ class Targets(NamedTuple):
         rows: ``[R]``, the only tokens that train; None for all that have a target.
         num_items: what the sum is divided by; None for the number of targets.
         ignore_index: the label of a token without a target.
+        record_stats: called with the statistics of every token; None for nobody.
     """
 
     labels: Tensor
     rows: Tensor | None
     num_items: Tensor | float | int | None
     ignore_index: int
+    record_stats: Callable[[LossStats], None] | None
 
 
 def _loss(
     self: LlamaForCausalLM, options: Options, hidden_states: Tensor, logits: Tensor | None, targets: Targets
 ) -> Any:
     """The loss of ``hidden_states [P, H]``, from ``logits [P, V]`` where they are at hand."""
-    labels, rows, num_items, ignore_index = targets
+    labels, rows, num_items, ignore_index, record_stats = targets
     if logits is None and "linear_cross_entropy" in options.ops:
         loss: Callable[..., Any] = functools.partial(
-            ops.linear_cross_entropy, labels=labels, rows=rows, num_items=num_items, ignore_index=ignore_index
+            _recorded,
+            ops.linear_cross_entropy,
+            record_stats,
+            labels=labels,
+            rows=rows,
+            num_items=num_items,
+            ignore_index=ignore_index,
         )
         if _head_takes_loss(self.lm_head):
             return self.lm_head(hidden_states, loss=loss)
@@ -543,6 +555,8 @@ def _loss(
         logits = self.lm_head(hidden_states)
     labels = only_rows(labels, rows, ignore_index)
     if options.ops.isdisjoint(("linear_cross_entropy", "cross_entropy")):
+        if record_stats is not None:
+            raise ValueError("record_stats: the losses of lemur_fast give statistics; ops leaves out both")
         return self.loss_function(
             logits=logits,
             labels=None,
@@ -551,7 +565,18 @@ def _loss(
             num_items_in_batch=num_items,
             ignore_index=ignore_index,
         )
-    return ops.cross_entropy(logits, labels, num_items=num_items, ignore_index=ignore_index)
+    return _recorded(ops.cross_entropy, record_stats, logits, labels, num_items=num_items, ignore_index=ignore_index)
+
+
+def _recorded(
+    loss: Callable[..., Any], record_stats: Callable[[LossStats], None] | None, *args: Any, **options: Any
+) -> Any:
+    """Calls `loss`, and `record_stats` with what it says of every token, where that is wanted."""
+    if record_stats is None:
+        return loss(*args, **options)
+    value, stats = loss(*args, return_stats=True, **options)
+    record_stats(stats)
+    return value
 
 
 def _head_takes_loss(head: Any) -> bool:

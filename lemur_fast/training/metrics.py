@@ -1,27 +1,56 @@
-"""What a run reports: one line of JSON a step, the same in TensorBoard, and a picture of the losses."""
+"""What a run reports: a line of JSON a step, the same in TensorBoard and other trackers, a picture of the losses."""
 
+import importlib
 import json
 import math
 import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from lemur_fast.files import staged_file
+from lemur_fast.files import staged_file, write_text
+
+Tracker = Literal["none", "wandb", "trackio"]
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and writes TensorBoard events, in one folder; a context manager."""
+    """Appends to `metrics.jsonl`, writes TensorBoard events, and tells a tracker; a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed_at: int | None = None, tracker: Tracker = "none", **run: Any) -> None:
+        """Open the log in `folder`.
+
+        Args:
+            folder: of the run.
+            resumed_at: step at which an interrupted run goes on; what was logged after it is dropped, because it comes
+                again.
+            tracker: wandb or trackio, whose package must be installed.
+            **run: `project`, `name`, `config`: for the tracker.
+
+        Raises:
+            ValueError: the tracker's package is not installed.
+        """
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, which only recipes need
 
+        self._tracker: Any = None
+        if tracker != "none":
+            try:
+                package = importlib.import_module(tracker)
+            except ImportError as error:
+                raise ValueError(f"--track {tracker}: not installed; run `pip install {tracker}`") from error
+            self._tracker = package
+            package.init(**run)
+        path = folder / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        if resumed_at is not None and path.is_file():
+            self.records = [record for record in _records(path) if record["step"] <= resumed_at]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._file = path.open("a", encoding="utf-8")
+        purge = None if resumed_at is None else resumed_at + 1
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, **values: float) -> None:
         """Record named values of a step; a slash in a name groups it in TensorBoard.
@@ -34,11 +63,20 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(dict(values), step=step)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values at which `name` was recorded."""
         found = [(record["step"], record[name]) for record in self.records if record.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """The latest value of every name that begins with `prefix`."""
+        latest: dict[str, float] = {}
+        for record in self.records:
+            latest |= {name: value for name, value in record.items() if name.startswith(prefix)}
+        return latest
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -46,6 +84,37 @@ class MetricsLog:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
         self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What can be read of a log: a killed process may have left half a line."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Figures:
+    """Numbers of a step on their way from the device: asked for at once, read when a later step is under way."""
+
+    def __init__(self, values: Tensor) -> None:
+        """Begin to copy `values` [N]; the host does not wait."""
+        self._values = values.to("cpu", non_blocking=True)
+        self._copied = None
+        if values.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers; waits for the device if they are not there yet."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def peak_memory_gib(device: torch.device) -> float:

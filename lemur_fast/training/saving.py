@@ -2,11 +2,19 @@
 
 import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from lemur_fast.files import staged_folder
 
@@ -25,18 +33,24 @@ def numbered_folder(base: str | Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def run_folder(out: Path | None, default: str | Path, overwrite: bool = False) -> Path:
-    """Make the folder of a run: new or empty, and writable.
+def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
+    """Make the folder of a run: new or empty, and writable; or find the one to resume.
 
     Args:
         out: the folder that the user asked for, or None for `default`, numbered when it is taken.
         default: such as `runs/pretrain-tiny`.
         overwrite: delete the earlier run in `out`.
+        resume: return the run that is in `out`, or the latest of the numbered ones, if there is one.
 
     Raises:
         FileExistsError: `out` is not empty, and was not to be deleted or is no run.
         OSError: the folder cannot be made.
     """
+    if resume:
+        runs = [out] if out else sorted(Path(default).parent.glob(f"{Path(default).name}*"), key=_number)
+        runs = [run for run in runs if (run / "run.json").is_file()]
+        if runs:
+            return runs[-1]
     if out is None:
         return numbered_folder(default)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -46,6 +60,12 @@ def run_folder(out: Path | None, default: str | Path, overwrite: bool = False) -
             raise FileExistsError(f"--overwrite: {out} holds no run.json, so it is no run, and is left alone")
         shutil.rmtree(out)
     return numbered_folder(out)
+
+
+def _number(run: Path) -> int:
+    """The number at the end of a run's name; those of other names come first."""
+    last = run.name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else 1
 
 
 def save_model(
@@ -58,7 +78,7 @@ def save_model(
     """Write a Hugging Face model folder: config, fp32 safetensors, tokenizer, generation config.
 
     A stock model is made without memory of its own, given the weights, and saved: what was trained, wrapped and patched
-    leaves no trace. The folder appears only when it is whole.
+    leaves no trace. The folder appears only when it is whole; one from before the run went on is replaced.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -66,6 +86,19 @@ def save_model(
     model.tie_weights()
     model.config.dtype = torch.float32
     model.generation_config = generation
-    with staged_folder(folder) as staging:
+    with staged_folder(folder, replace=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+
+
+def sample(folder: Path, prompts: Mapping[str, str], max_tokens: int, seed: int) -> str:
+    """What the saved model writes after each prompt, loaded by stock transformers as anybody would."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    texts = []
+    for kind, prompt in prompts.items():
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=max_tokens)
+        texts.append(f"--- a sample of {kind}\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n")
+    return "".join(texts)

