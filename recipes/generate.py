@@ -7,7 +7,7 @@
     python recipes/generate.py --system "Answer in one word." --temperature 0
 
 Answers appear as they are written and end at <|im_end|>. In a conversation, /new forgets what was said, /quit or Ctrl-D
-leaves, and Ctrl-C cuts an answer short. What is typed is text, whatever it looks like: it can not become a control token.
+leaves, and Ctrl-C cuts an answer short. What is typed is text, whatever it looks like: it never is a control token.
 """
 
 import sys
@@ -77,7 +77,9 @@ class Talk:
         try:
             self.encoder = ChatEncoder(self.tokenizer)
         except ValueError as error:
-            raise ValueError(f"{folder} is not a chat model: {error}. recipes/chat.py --model makes one of it") from None
+            raise ValueError(
+                f"{folder} is not a chat model: {error}. recipes/chat.py --model makes one of it"
+            ) from None
         device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         dtype = compute_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
         self.model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
@@ -130,7 +132,9 @@ def converse(talk: Talk) -> None:
     """Ask for questions and answer them, until the input ends."""
     typed = sys.stdin.isatty()
     if typed:
-        print(f"{talk.folder}, {talk.model.dtype} on {talk.model.device}. /new forgets, /quit leaves, Ctrl-C cuts short.")
+        print(
+            f"{talk.folder}, {talk.model.dtype} on {talk.model.device}. /new forgets, /quit leaves, Ctrl-C cuts short."
+        )
     while True:
         try:
             question = input("\nyou> " if typed else "").strip()

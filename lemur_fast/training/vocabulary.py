@@ -1,43 +1,38 @@
-"""Embeddings that fit a tokenizer to which tokens were added."""
+"""Embedding rows that fit a tokenizer to which tokens were added."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import Tensor
 
 
-@torch.no_grad()
-def resize_embeddings(model: LlamaForCausalLM, num_tokens: int, new_tokens: Sequence[int]) -> None:
-    """Give a model one embedding row and one output row for every token of a tokenizer, no more and no less.
+def resized(weight: Tensor, num_tokens: int, new_tokens: Sequence[int]) -> Tensor:
+    """One row for every token of a tokenizer, no more and no less; those of new tokens are the mean of the others.
 
-    Rows of new tokens become the mean of the rows of the others, whether such rows were there or not: a checkpoint may
-    have more rows than its tokenizer has tokens (Lemur's has 32,024 for 32,000), and those were never trained.
+    New tokens get the mean whether rows were there for them or not: a checkpoint may have more rows than its tokenizer
+    has tokens (Lemur's has 32,024 for 32,000), and those were never trained.
 
     Args:
-        model: changed in place, its configuration too; before it is accelerated or sharded.
+        weight: [R, H], of the embedding or of the output layer.
         num_tokens: of the tokenizer.
         new_tokens: their ids.
+
+    Returns:
+        [num_tokens, H], new memory.
 
     Raises:
         ValueError: a token that is not new has no row: the tokenizer is another model's.
     """
-    rows = _weight(model.get_input_embeddings()).shape[0]
-    fresh = set(new_tokens)
-    old = [token for token in range(num_tokens) if token not in fresh]
-    if old and old[-1] >= rows:
+    old = torch.ones(num_tokens, dtype=torch.bool)
+    old[list(new_tokens)] = False
+    rows, places = weight.shape[0], old.nonzero().flatten()
+    if len(places) and places[-1] >= rows:
         raise ValueError(
-            f"the tokenizer has {len(old)} tokens without the new ones, the model only {rows} embedding rows: this is "
-            "not its tokenizer"
+            f"the tokenizer has {len(places)} tokens without the new ones, the model only {rows} embedding rows: this "
+            "is not its tokenizer"
         )
-    if rows != num_tokens:
-        model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    if fresh:
-        embedding, head = _weight(model.get_input_embeddings()), _weight(model.lm_head)
-        for weight in (embedding,) if head is embedding else (embedding, head):
-            weight[sorted(fresh)] = weight[old].double().mean(0).to(weight.dtype)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight
+    fitted = weight.new_empty(num_tokens, weight.shape[1])
+    fitted[places] = weight[places]
+    if len(new_tokens):
+        fitted[list(new_tokens)] = weight[places].double().mean(0).to(weight.dtype)
+    return fitted

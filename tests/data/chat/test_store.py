@@ -19,7 +19,6 @@ from lemur_fast.data.chat.store import build_chat_store, describe
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
 from lemur_fast.training.step import accumulate
-from lemur_fast.training.vocabulary import resize_embeddings
 
 
 def talk(*contents, name=""):
@@ -160,35 +159,6 @@ def test_held_out_bytes_are_those_of_the_answers(build, chatml_tokenizer):
     part = held_out_batches(store.held_out, "s", 10**6, 512, chatml_tokenizer)
     assert part.tokens == 5 * len(store.held_out)  # two bytes of é, "!", <|im_end|>, the line's end
     assert part.bytes == 4 * len(store.held_out)  # <|im_end|> spells nothing
-
-
-# ---- embeddings ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("rows", [28, 32, 40])
-def test_embeddings_fit_the_tokenizer_up_and_down(tied, rows):
-    """28 tokens, 4 new ones: from rows for the old tokens alone, for all, and for more than all."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    stock = LlamaForCausalLM(LlamaConfig(vocab_size=rows, tie_word_embeddings=tied, **shape))
-    embedding, head = (w.detach().clone() for w in (stock.model.embed_tokens.weight, stock.lm_head.weight))
-    resize_embeddings(stock, 32, [28, 29, 30, 31])
-    assert stock.config.vocab_size == 32
-    for weight, before in ((stock.model.embed_tokens.weight, embedding), (stock.lm_head.weight, head)):
-        assert weight.shape == (32, 8)
-        assert torch.equal(weight[:28], before[:28])
-        torch.testing.assert_close(weight[28:], before[:28].mean(0).expand(4, 8))
-    assert (stock.lm_head.weight is stock.model.embed_tokens.weight) == tied
-    assert stock(input_ids=torch.tensor([[31, 0]])).logits.shape[-1] == 32
-
-
-def test_another_models_tokenizer_is_refused():
-    stock = model(40)
-    with pytest.raises(ValueError, match="has 50 tokens without the new ones, the model only 40 embedding rows"):
-        resize_embeddings(stock, 52, [50, 51])
-    resize_embeddings(stock, 40, [])
-    assert stock.config.vocab_size == 40
 
 
 # ---- the embedded conversations --------------------------------------------------------------------------------------
