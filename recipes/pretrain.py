@@ -259,11 +259,10 @@ def model_config(args: Pretrain, folder: Path | None, tokenizer: PreTrainedToken
     return config
 
 
-def prepare_data(args: Pretrain, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
+def prepare_data(args: Pretrain, folder: Path, tokenizer: PreTrainedTokenizerBase, notice: str) -> TokenStore:
     """Open --data or what an interrupted run has tokenized, or tokenize the embedded corpus."""
     where = args.data or folder / "data"
     if args.data is None and not where.exists():
-        notice = MISTRAL_V1_NOTICE if args.model is None else f"the tokenizer of {args.model}"
         build_store(where, embedded_sources(), tokenizer, held_out=args.held_out, tokenizer_notice=notice)
     store = TokenStore(where)
     vocab_size = store.manifest["tokenizer"]["vocab_size"]
@@ -313,8 +312,9 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     world.print(f"run        {folder}")
     record: dict[str, Any] = {"recipe": "pretrain", "settings": dataclasses.asdict(args)}
     world.first(lambda: write_json(folder / "run.json", record))
-    world.first(lambda: prepare_data(args, folder, tokenizer) and None)
-    store = prepare_data(args, folder, tokenizer)
+    notice = f"the tokenizer of {source}" if source else MISTRAL_V1_NOTICE
+    world.first(lambda: prepare_data(args, folder, tokenizer, notice) and None)
+    store = prepare_data(args, folder, tokenizer, notice)
     world.print(store.describe())
     mixture = Mixture(store.train, args.mixture, args.seq_len, args.seed)
     loader = Loader(store.train, mixture, args.batch_tokens // args.seq_len, world.rank, world.size)

@@ -18,6 +18,7 @@ from lemur_fast.training.distributed import World
 from lemur_fast.training.flops import model_flops
 from lemur_fast.training.guard import VERDICTS, Guard
 from lemur_fast.training.metrics import Figures, MetricsLog, peak_memory_gib
+from lemur_fast.training.optimizer import clip_gradients
 from lemur_fast.training.step import SourceLosses, accumulate
 
 MAX_REFUSED = 10
@@ -58,8 +59,7 @@ def train_step(
     tags = [tag.to(world.device, non_blocking=True) for tag in tags]
     loss = accumulate(model, batches, num_items=num_items, sources=sources, tags=tags, sync_every=sync_every)
     totals = world.add_(torch.cat([loss[None], sources.totals.flatten()]))
-    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    norm = norm.full_tensor()
+    norm = clip_gradients(model.parameters(), clip, world.mesh)
     verdict = guard.step(totals[0], norm)
     guard.optimizer.zero_grad()
     return Figures(torch.cat([totals[:1], norm[None], verdict, totals[1:]]))

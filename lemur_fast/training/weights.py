@@ -117,7 +117,9 @@ def load_weights(model: Any, folder: Path, device: torch.device, new_tokens: Seq
     if config.tie_word_embeddings:  # memory was given to each of the two
         base.lm_head.weight = base.model.embed_tokens.weight
     rotary: Any = base.model.rotary_emb
-    for name, buffer in type(rotary)(config=config, device=device).named_buffers():  # in no file
+    with device:
+        fresh = type(rotary)(config=config)
+    for name, buffer in fresh.named_buffers():  # in no file
         setattr(rotary, name, buffer)
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
