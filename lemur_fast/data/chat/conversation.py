@@ -36,12 +36,15 @@ class Unfit(ValueError):
     """A record that holds no conversation to train on; its message is a reason that is counted, so it names no id."""
 
 
-def checked(conversation: Conversation) -> Conversation:
+def checked(conversation: Conversation | Unfit) -> Conversation:
     """The conversation, without the turns after its last trained answer: nobody learns from those.
 
     Raises:
-        Unfit: it has not the shape above, an empty message, text that is no Unicode, or nothing to train on.
+        Unfit: it is none; or it has not the shape above, an empty message, text that is no Unicode, or nothing to train
+            on.
     """
+    if isinstance(conversation, Unfit):
+        raise conversation
     messages = conversation.messages
     for message in messages:
         if message.role not in ROLES:

@@ -124,8 +124,6 @@ def _kept(source: ChatSource, duplicates: DropExactDuplicates, entry: dict[str, 
     for item in source.read():
         entry["conversations"] += 1
         try:
-            if isinstance(item, Unfit):
-                raise item
             conversation = checked(item)
             reason = duplicates(as_document(conversation, source.name))
             if reason:

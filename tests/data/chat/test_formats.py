@@ -25,8 +25,6 @@ def reasons(items):
     found = []
     for item in items:
         try:
-            if isinstance(item, Unfit):
-                raise item
             checked(item)
         except Unfit as unfit:
             found.append(str(unfit))

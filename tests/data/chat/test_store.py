@@ -169,8 +169,6 @@ def test_the_embedded_conversations_are_those_we_name():
         counted, fit = Counter(), 0
         for item in found.read():
             try:
-                if isinstance(item, Unfit):
-                    raise item
                 checked(item)
                 fit += 1
             except Unfit as unfit:
