@@ -99,16 +99,17 @@ class Talk:
         Raises:
             ValueError: the question alone is longer than the model can read.
         """
-        self.said.append(Message("user", question))
-        limit = self.model.config.max_position_embeddings - self.args.max_new_tokens
-        while len(prompt := self.encoder.prompt(self.said)) > limit:
-            if len(self.said) < 4:
-                self.said.pop()
-                raise ValueError(
-                    f"the question has {len(prompt)} tokens with its system message; the model reads "
-                    f"{self.model.config.max_position_embeddings}, of which --max-new-tokens is to leave "
-                    f"{self.args.max_new_tokens}"
-                )
+        context = self.model.config.max_position_embeddings
+        room = min(self.args.max_new_tokens, context // 2)  # for the answer
+        system, asked = self.said[0], Message("user", question)
+        alone = len(self.encoder.prompt([system, asked]))
+        if alone > context - room:
+            raise ValueError(
+                f"the question has {alone} tokens with its system message; the model reads {context}, of which {room} "
+                "are for the answer"
+            )
+        self.said.append(asked)
+        while len(prompt := self.encoder.prompt(self.said)) > context - room:
             print("(the conversation is longer than the model can read: its first question and answer are forgotten)")
             del self.said[1:3]
         ids = torch.from_numpy(prompt)[None].to(self.model.device)
@@ -116,7 +117,7 @@ class Talk:
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=self.args.max_new_tokens,
+            max_new_tokens=room,
             do_sample=bool(self.args.temperature),
             **(sampling or {"temperature": None, "top_p": None}),
             eos_token_id=self.stops,
@@ -149,7 +150,8 @@ def converse(talk: Talk) -> None:
             try:
                 talk.answer(question)
             except KeyboardInterrupt:
-                talk.said.pop()  # the question that got no answer
+                if talk.said[-1].role == "user":  # it got no answer
+                    talk.said.pop()
                 print(" (cut short)")
             except ValueError as error:
                 print(f"generate: {error}")

@@ -83,5 +83,5 @@ def merge(config: LlamaConfig, lora: Any, state: Mapping[str, Tensor], folder: P
     model.load_state_dict(dict(state), assign=True)
     if config.tie_word_embeddings:
         model.get_base_model().tie_weights()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # where they are trained, they are adapters
     return dict(model.merge_and_unload().state_dict())
