@@ -31,7 +31,6 @@ import functools
 import math
 import os
 import platform
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -48,13 +47,13 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 import lemur_fast as lf
 from lemur_fast.data.loader import Loader, held_out_batches
-from lemur_fast.data.mixture import Mixture, Row
+from lemur_fast.data.mixture import Mixture
 from lemur_fast.data.sources import embedded_sources
-from lemur_fast.data.store import Documents, TokenStore, build_store
+from lemur_fast.data.store import TokenStore, build_store
 from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, load_tokenizer
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
-from lemur_fast.training.distributed import World, compute_dtype, full_state_dict, process_group
+from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
 from lemur_fast.training.flops import peak_flops
 from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
@@ -173,26 +172,29 @@ class Pretrain:
     """Share of the GPU's peak that --plan assumes to be reached."""
 
 
-_GPU = Pretrain(
+_TINY = Pretrain()
+_GPU = dataclasses.replace(  # what the large models share; batch and learning rate of Lemur are unpublished, so ours
+    _TINY,
     **{"lr": 1e-4, "warmup_steps": 200, "eval_every": 500, "eval_tokens": 2**20, "sample_tokens": 0, "keep": 3},
-    **{"checkpoint_every": 250, "sync_every": True, "checkpointing": "selective"},  # type: ignore[arg-type]
+    **{"checkpoint_every": 250, "sync_every": True, "checkpointing": "selective"},
 )
 PRESETS = {
-    "tiny": Pretrain(),
-    "smollm2-135m": Pretrain(
-        **{"preset": "smollm2-135m", "seq_len": 2048, "batch_tokens": 8192, "steps": 50, "lr": 1e-4},  # type: ignore[arg-type]
-        **{"hidden_size": 576, "intermediate_size": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "warmup_steps": 5},  # type: ignore[arg-type]
+    "tiny": _TINY,
+    "smollm2-135m": dataclasses.replace(
+        _TINY,
+        **{"preset": "smollm2-135m", "seq_len": 2048, "batch_tokens": 8192, "steps": 50, "lr": 1e-4},
+        **{"hidden_size": 576, "intermediate_size": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "warmup_steps": 5},
     ),
     "llama2-7b": dataclasses.replace(
         _GPU,
         **{"preset": "llama2-7b", "model": "meta-llama/Llama-2-7b-hf", "batch_tokens": 2**21, "steps": 5000},
         **{"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "plan_gpus": 8},
     ),
-    "llama2-70b": dataclasses.replace(  # Lemur's: 90B tokens; batch and learning rate are unpublished, these are ours
+    "llama2-70b": dataclasses.replace(  # Lemur's 90B tokens
         _GPU,
         **{"preset": "llama2-70b", "model": "meta-llama/Llama-2-70b-hf", "batch_tokens": 2**22, "steps": 21458},
         **{"hidden_size": 8192, "intermediate_size": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "plan_gpus": 64},
-        lr=5e-5,
+        **{"lr": 5e-5, "checkpointing": "full"},
     ),
 }
 
@@ -209,21 +211,21 @@ MAY_CHANGE = {"steps", "batch_tokens", "lr", "warmup_steps", "weight_decay", "be
 
 def check(args: Pretrain) -> None:
     """Refuse settings that cannot work, before anything is done."""
-    above_zero = ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "hidden_size", "layers", "heads", "kv_heads")
-    for name in (*above_zero, "keep", "intermediate_size"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    not_below_zero = ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every")
-    for name in (*not_below_zero, "spike"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    above_zero = ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep")
+    shape = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+    not_negative = ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every", "spike")
+    for name in (*above_zero, *shape, *not_negative):
+        value = getattr(args, name)
+        if not (value >= 0 if name in not_negative else value > 0):
+            bound = "must not be negative" if name in not_negative else "must be above 0"
+            raise ValueError(f"--{name.replace('_', '-')} {bound}, got {value}")
     if args.seq_len < 2:
         raise ValueError(f"--seq-len must be at least 2, got {args.seq_len}")
     if args.batch_tokens % args.seq_len:
         raise ValueError(f"--batch-tokens must be a multiple of --seq-len ({args.seq_len}), got {args.batch_tokens}")
     if args.hidden_size % (2 * args.heads) or args.heads % args.kv_heads:
-        shape = f"--hidden-size {args.hidden_size}, --heads {args.heads}, --kv-heads {args.kv_heads}"
-        raise ValueError(f"{shape}: a head's size must be an even number, --heads a multiple of --kv-heads")
+        sizes = f"--hidden-size {args.hidden_size}, --heads {args.heads}, --kv-heads {args.kv_heads}"
+        raise ValueError(f"{sizes}: a head's size must be an even number, --heads a multiple of --kv-heads")
     if min(args.mixture.values()) < 0 or max(args.mixture.values()) == 0:
         raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
     if args.overwrite and (args.out is None or args.resume != "never"):
@@ -271,26 +273,35 @@ def prepare_data(args: Pretrain, folder: Path, tokenizer: PreTrainedTokenizerBas
     return store
 
 
+def estimate(args: Pretrain) -> str:
+    """What --plan prints."""
+    folder = Path(args.model) if args.model and Path(args.model).is_dir() else None
+    estimated = plan(
+        model_config(args, folder),
+        gpus=args.plan_gpus,
+        shard_size=args.shard_size,
+        seq_len=args.seq_len,
+        micro_batches=math.ceil(args.batch_tokens / args.seq_len / max(1, args.plan_gpus)),
+        checkpointing=args.checkpointing,
+        sync_every=args.sync_every,
+        device=args.plan_device,
+        mfu=args.plan_mfu,
+    )
+    return estimated.describe(args.steps * args.batch_tokens)
+
+
 def pretrain(args: Pretrain, interruption: Interruption) -> int:
     """The whole run; returns the exit code."""
     transformers.logging.disable_progress_bar()
     try:
         check(args)
         if args.plan:
-            source = Path(args.model) if args.model and Path(args.model).is_dir() else None
-            rows = math.ceil(args.batch_tokens / args.seq_len / max(1, args.plan_gpus))
-            estimate = plan(
-                model_config(args, source),
-                **{"gpus": args.plan_gpus, "shard_size": args.shard_size, "seq_len": args.seq_len},
-                **{"micro_batches": rows, "checkpointing": args.checkpointing, "sync_every": args.sync_every},
-                **{"device": args.plan_device, "mfu": args.plan_mfu},
-            )
-            print(estimate.describe(args.steps * args.batch_tokens))
+            print(estimate(args))
             return 0
         kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         with process_group(kind, args.shard_size) as world:
             return train(args, world, interruption)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except REFUSALS as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # such as a full disk
@@ -311,7 +322,8 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
     world.print(f"run        {folder}")
     record: dict[str, Any] = {"recipe": "pretrain", "settings": dataclasses.asdict(args)}
-    world.first(lambda: write_json(folder / "run.json", record))
+    if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
+        write_json(folder / "run.json", record)
     notice = f"the tokenizer of {source}" if source else MISTRAL_V1_NOTICE
     world.first(lambda: prepare_data(args, folder, tokenizer, notice) and None)
     store = prepare_data(args, folder, tokenizer, notice)
@@ -331,10 +343,8 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     seconds["data"] = time.perf_counter() - started
 
     dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = make_model(
-        *(config, source, world, dtype),
-        **{"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile},
-    )
+    options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
+    model = make_model(config, source, world, dtype, **options)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     peak, peak_from = peak_flops(world.device, dtype)
     optimizer = adamw(model, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
@@ -357,7 +367,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     seconds |= {"model": time.perf_counter() - started - seconds["data"], "evaluation": 0.0}
 
     # 2. Train.
-    outcome = "finished"
+    outcome, stopping = "finished", 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(interruption.deferred())
         log = None
@@ -365,13 +375,9 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
             about = {"project": "lemur_fast", "name": folder.name, "config": settings}
             log = stack.enter_context(MetricsLog(folder, done if saved else None, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
-        telemetry = stack.enter_context(
-            Telemetry(
-                *(log, world, config),
-                **{"peak": peak, "source_names": store.train.source_names, "steps": args.steps},
-                **{"batch_tokens": args.batch_tokens, "done": done, "skipped": skipped},
-            )
-        )
+        about = {"source_names": store.train.source_names, "steps": args.steps, "batch_tokens": args.batch_tokens}
+        telemetry = Telemetry(log, world, config, peak=peak, done=done, skipped=skipped, **about)
+        stack.enter_context(telemetry)
 
         def evaluate() -> None:
             begun = time.perf_counter()
@@ -386,7 +392,8 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         if done == 0:
             evaluate()
         while done < args.steps:
-            if any(world.sum(interruption.signum or 0)) or telemetry.hopeless():
+            stopping = world.stops(interruption.signum)  # the same answer in every process, as that of telemetry
+            if stopping or telemetry.hopeless():
                 break
             telemetry.begin()
             rows, batches = next(loader)
@@ -394,18 +401,15 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
             waited = telemetry.since_begin()
             (supervised,) = world.sum(sum(int(batch.num_items) for batch in batches))
             lr = schedule.get_last_lr()[0]
-            figures = train_step(
-                *(model, guard, batches, tags, world),
-                **{"num_items": supervised, "num_sources": len(store.train.source_names)},
-                **{"clip": args.clip, "sync_every": args.sync_every},
-            )
+            options = {"num_sources": len(store.train.source_names), "clip": args.clip, "sync_every": args.sync_every}
+            figures = train_step(model, guard, batches, tags, world, num_items=supervised, **options)
             schedule.step()
             done += 1
             trained = {kind: trained[kind] + count for kind, count in mixture.tokens(rows).items()}
             lengths = [segment.length for row in rows for segment in row]
-            names = functools.partial(document_names, store.train, rows)
-            counts = {f"data/{kind}_tokens": trained[kind] for kind in trained}
-            telemetry.queued(StepFacts(done, lengths, supervised, lr, waited, names, counts), figures)
+            read = {f"data/{kind}_tokens": count for kind, count in trained.items()}
+            names = functools.partial(loader.names, rows)
+            telemetry.queued(StepFacts(done, lengths, supervised, lr, waited, names, read), figures)
             traced()
             evaluation = done == args.steps or bool(args.eval_every and done % args.eval_every == 0)
             checkpoint = done < args.steps and args.checkpoint_every and done % args.checkpoint_every == 0
@@ -419,10 +423,8 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         telemetry.flush()
         if telemetry.hopeless():
             outcome = f"stopped after step {done}: {telemetry.refused_in_a_row} steps in a row could not be taken"
-        elif done < args.steps:
-            outcome = (
-                f"stopped by {Interrupted(interruption.signum or signal.SIGTERM)} after step {done} of {args.steps}"
-            )
+        elif stopping:
+            outcome = f"stopped by {Interrupted(stopping)} after step {done} of {args.steps}"
 
         # 3. Save, whatever the outcome: first what cannot be had again.
         save()
@@ -430,8 +432,9 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         seconds |= {"training": telemetry.seconds, "checkpoints": checkpoints.seconds}
         begun = time.perf_counter()
         weights = full_state_dict(model)
+        code = 128 + stopping if stopping else 0 if outcome == "finished" and done in checkpoints.steps() else 1
         if not world.is_main:
-            return interruption.exit_code or (0 if outcome == "finished" and not checkpoints.failed else 1)
+            return code
         save_model(folder / "model", model.config, weights, tokenizer, model.generation_config)
         plot_losses(folder / "loss.png", log, list(args.mixture), f"LLaMA, {parameters / 1e6:.1f}M parameters")
         seconds["saving"] = time.perf_counter() - begun
@@ -453,9 +456,8 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         loss, bits = (log.series(f"held_out/{kind}/{name}")[1] for name in ("loss", "bits_per_byte"))
         change = f"loss {loss[0]:.3f} -> {loss[-1]:.3f}, bits per byte {bits[0]:.3f} -> {bits[-1]:.3f}"
         print(f"held out   {kind}: {change}")
-    print(
-        f"speed      {telemetry.tokens_per_second():,.0f} tokens/s, peak memory {peak_memory_gib(world.device):.2f} GiB"
-    )
+    memory = f"peak memory {peak_memory_gib(world.device):.2f} GiB"
+    print(f"speed      {telemetry.tokens_per_second():,.0f} tokens/s, {memory}")
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
     print(f"seconds    {phases}; {time.perf_counter() - started:.1f} in all")
     if telemetry.skipped:
@@ -463,12 +465,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     print(f"{outcome}; the model is in {folder / 'model'}")
     if done < args.steps:
         print(f"to go on   the same command with --out {folder} --resume auto")
-    return interruption.exit_code or (0 if outcome == "finished" and not checkpoints.failed else 1)
-
-
-def document_names(documents: Documents, rows: list[Row]) -> list[str]:
-    """Names of the documents that rows are made of."""
-    return sorted({documents.name(segment.document) for row in rows for segment in row})
+    return code
 
 
 def parse(argv: list[str]) -> Pretrain:

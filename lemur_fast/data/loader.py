@@ -59,6 +59,10 @@ class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
             tags.append(torch.from_numpy(np.pad(tag, (0, self.mixture.row_tokens - len(tag)))))
         return tags
 
+    def names(self, rows: list[Row]) -> list[str]:
+        """Names of the documents that rows are made of, sorted."""
+        return sorted({self.documents.name(segment.document) for row in rows for segment in row})
+
     def _own(self, rows: list[Row]) -> list[Row]:
         own = rows[self.rank :: self.processes]
         return own if len(own) == -(-len(rows) // self.processes) else [*own, []]

@@ -98,9 +98,11 @@ class TrainingState:
                 torch.set_rng_state(value)
         self.data.load_state(facts["data"])
         # A schedule is a function of the step alone; its peak and length are those of the settings.
-        self.schedule.last_epoch, self.schedule._step_count = facts["step"], facts["step"] + 1
-        rates: list[Any] = self.schedule.get_lr()
-        self.schedule._last_lr = rates
+        schedule: Any = self.schedule
+        rates = [
+            base * shape(facts["step"]) for base, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule.last_epoch, schedule._step_count, schedule._last_lr = facts["step"], facts["step"] + 1, rates
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -275,9 +277,7 @@ def check_same_run(
             "from its model with --model"
         )
     if changed and not allowed:
-        raise ValueError(
-            f"--resume: settings are not what they were: {named}. To go on with these, add --resume-changed"
-        )
+        raise ValueError(f"--resume: settings are not what they were: {named}. To use these, add --resume-changed")
 
 
 def _set_aside(folder: Path, aside: Path) -> None:

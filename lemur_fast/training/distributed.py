@@ -24,6 +24,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 T = TypeVar("T")
 
+REFUSALS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+"""Errors of what a user asked for, which all processes meet alike: no reason to warn of a process that died."""
+
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32: emulated, it is slower than float32."""
@@ -64,6 +67,13 @@ class World:
         totals = torch.tensor(counts, dtype=torch.int64)
         dist.all_reduce(totals)
         return totals.tolist()
+
+    def stops(self, signum: int | None) -> int:
+        """The signal that asked any process to stop, the same in all of them; 0 if none did."""
+        highest = torch.tensor(signum or 0)
+        if self.size > 1:
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
 
     def add_(self, values: Tensor) -> Tensor:
         """Adds a tensor over all processes, in place, on its device; the host does not wait."""
@@ -131,7 +141,7 @@ def process_group(device: str | torch.device, shard_size: int | None = None) -> 
         writers: Any = dist.new_group(backend="gloo")
         yield World(rank, size, device, mesh, writers)
     except Exception as error:
-        if size > 1:
+        if size > 1 and not isinstance(error, REFUSALS):
             traceback.print_exc()
             print(
                 f"process {rank} of {size} stops: {(str(error) or type(error).__name__).splitlines()[0]}. "

@@ -50,6 +50,8 @@ def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, r
         runs = [out] if out else sorted(Path(default).parent.glob(f"{Path(default).name}*"), key=_number)
         runs = [run for run in runs if (run / "run.json").is_file()]
         if runs:
+            for left in (*runs[-1].glob(".*.partial"), *runs[-1].glob(".*.old")):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
             return runs[-1]
     if out is None:
         return numbered_folder(default)

@@ -1,11 +1,23 @@
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lemur_fast.data.sources import Source
+from lemur_fast.data.store import build_store
+from lemur_fast.data.tokenizer import load_tokenizer
+from lemur_fast.training.interruption import Interruption
+
 RECIPES = Path(__file__).parents[2] / "recipes"
+
+MICRO = ["--hidden-size", "32", "--intermediate-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "1"]
+MICRO += ["--seq-len", "256", "--batch-tokens", "1024", "--eval-tokens", "1024", "--warmup-steps", "2"]
+MICRO += ["--lr", "2e-2", "--sample-tokens", "8", "--dtype", "float32"]
 
 
 def load(name: str) -> Any:
@@ -35,3 +47,42 @@ def chat() -> Any:
 def generate() -> Any:
     """recipes/generate.py."""
     return load("generate")
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store of the standard library's shorter modules: real code and prose, made in a moment."""
+    from pydoc_data.topics import topics
+
+    library = Path(os.__file__).parent
+    code = [(path.name, path.read_text(), "PSF-2.0") for path in sorted(library.glob("[a-e]*.py"))]
+    text = [(title, topics[title], "PSF-2.0") for title in sorted(topics)[:40]]
+    sources = [
+        Source("library", "code", "a test", "PSF-2.0", lambda: iter(code)),
+        Source("topics", "text", "a test", "PSF-2.0", lambda: iter(text)),
+    ]
+    folder = tmp_path_factory.mktemp("data") / "store"
+    build_store(folder, sources, load_tokenizer(), held_out=0.2, progress=False)
+    return folder
+
+
+def run(pretrain: Any, *arguments: Any) -> int:
+    """The recipe in this process; returns its exit code."""
+    with Interruption() as interruption:
+        return pretrain.pretrain(pretrain.parse([*MICRO, *map(str, arguments)]), interruption)
+
+
+def launch(*arguments: Any, processes: int = 1) -> subprocess.Popen:
+    """The recipe in processes of its own, one thread each."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", "localhost:0"]
+    command += [str(RECIPES / "pretrain.py"), *MICRO, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,18 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lemur_fast as lf
 from lemur_fast.data.store import TokenStore
-from lemur_fast.training import distributed
+from lemur_fast.training import distributed, loop
 from lemur_fast.training.interruption import Interruption
-from tests.recipes.conftest import RECIPES
-
-MICRO = ["--hidden-size", "32", "--intermediate-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "1"]
-MICRO += ["--seq-len", "256", "--batch-tokens", "1024", "--eval-tokens", "1024", "--warmup-steps", "2"]
-MICRO += ["--lr", "2e-2", "--sample-tokens", "8", "--dtype", "float32"]
-
-
-def run(pretrain, *arguments):
-    with Interruption() as interruption:
-        return pretrain.pretrain(pretrain.parse([*MICRO, *map(str, arguments)]), interruption)
+from tests.recipes.conftest import launch, metrics, run
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +43,13 @@ def data(finished):
     return finished[0] / "data"
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_leaves_everything_it_promises(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
-    assert names == {"run.json", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt", "data", "model"}
+    assert names == {
+        *("run.json", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt", "data", "model", "checkpoints")
+    }
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000024"]
     assert {path.name for path in (folder / "model").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
@@ -100,6 +87,16 @@ def test_the_figures_are_real(finished):
     tokens = sum(record["data/fill"] * 1024 for record in records)
     assert records[-1]["data/code_tokens"] + records[-1]["data/text_tokens"] == pytest.approx(tokens)
     assert records[-1]["data/text_tokens"] / tokens == pytest.approx(1 / 11, abs=0.01)
+    for record in records:
+        assert 0 < record["speed/mfu"] < 2  # a busy machine may measure too low a peak
+        assert record["train/skipped"] == 0
+    by_source = [
+        record.get(f"source/{name}/loss")
+        for name in ("python-stdlib", "python-docs", "package-readmes")
+        for record in records[:8]
+    ]
+    assert all(loss is None or 5 < loss < 11 for loss in by_source)
+    assert sum(loss is not None for loss in by_source) > 8
     rates = [record["train/lr"] for record in records]
     assert rates[:2] == pytest.approx([1e-2, 2e-2])
     assert rates[-1] == pytest.approx(2e-3)
@@ -181,28 +178,63 @@ def test_a_folder_s_model_is_continued(pretrain, finished, data, tmp_path):
     assert start == pytest.approx(end, rel=1e-5)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_is_named(pretrain, data, tmp_path, capsys, monkeypatch):
-    real, calls = pretrain.accumulate, []
+@pytest.fixture
+def break_steps(monkeypatch):
+    """Makes the loss of some steps NaN, gradients included."""
 
-    def breaks(model, batches):
-        calls.append(1)
-        loss = real(model, batches)
-        return loss * math.nan if len(calls) == 3 else loss
+    def install(broken):
+        real, calls = loop.accumulate, []
 
-    monkeypatch.setattr(pretrain, "accumulate", breaks)
-    assert run(pretrain, "--out", tmp_path / "run", "--data", data, "--steps", 8) == 1
+        def breaks(model, batches, **options):
+            calls.append(1)
+            loss = real(model, batches, **options)
+            if not broken(len(calls)):
+                return loss
+            for parameter in model.parameters():
+                parameter.grad.mul_(math.nan)
+            return loss * math.nan
+
+        monkeypatch.setattr(loop, "accumulate", breaks)
+
+    return install
+
+
+def test_a_step_whose_loss_is_not_a_number_is_not_taken_and_named(pretrain, data, tmp_path, capsys, break_steps):
+    break_steps(lambda step: step == 3)
+    assert run(pretrain, "--out", tmp_path / "run", "--data", data, "--steps", 5, "--sample-tokens", 0) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["steps_done"] == 2
-    assert re.match(
-        r"stopped before step 3: its loss is nan, .*; read from (python|package)-\S+/\S+", record["outcome"]
-    )
+    assert (record["outcome"], record["steps_done"]) == ("finished", 5)
+    (skipped,) = record["skipped"]
+    assert (skipped["step"], skipped["reason"]) == (3, "loss nan, gradient norm nan: not finite")
+    assert re.match(r"(python|package)-\S+/\S+", skipped["documents"][0])
+    printed = capsys.readouterr().out
+    assert "step     3  NOT TAKEN (loss nan, gradient norm nan: not finite); read from" in printed
+    assert skipped["documents"][0] in printed
+    steps = [record for record in metrics(tmp_path / "run") if "train/loss" in record]
+    assert [record["train/skipped"] for record in steps] == [0, 0, 1, 0, 0]
+    assert [record["train/skipped_in_all"] for record in steps] == [0, 0, 1, 1, 1]
+    assert [record["train/loss"] is None for record in steps] == [False, False, True, False, False]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_many_such_steps_in_a_row_end_the_run_with_the_model_as_it_was(pretrain, data, tmp_path, capsys, break_steps):
+    break_steps(lambda step: step > 2)
+    assert run(pretrain, "--out", tmp_path / "run", "--data", data, "--steps", 40, "--eval-every", 0) == 1
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["steps_done"] <= 2 + loop.MAX_REFUSED + 1
+    assert re.match(r"stopped after step 1[23]: 1[01] steps in a row could not be taken", record["outcome"])
     assert record["outcome"] in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 REFUSED = {
-    "resume": (["--resume", "auto"], "resuming is not supported yet"),
+    "keep": (["--keep", "0"], "--keep must be above 0, got 0"),
+    "spike": (["--spike", "-1"], "--spike must not be negative, got -1"),
+    "overwrite and resume": (["--overwrite", "--out", "x", "--resume", "auto"], "and no --resume"),
+    "tracker": (["--track", "trackio"], r"--track trackio: not installed; run `pip install trackio`"),
+    "plan of an unknown device": (["--plan", "--plan-device", "K80"], "no datasheet's peak is known"),
     "steps": (["--steps", "0"], "--steps must be above 0, got 0"),
     "batch too small": (["--batch-tokens", "128"], r"must be a multiple of --seq-len \(256\), got 128"),
     "batch not a multiple": (["--batch-tokens", "1000"], r"must be a multiple of --seq-len \(256\), got 1000"),
@@ -213,7 +245,6 @@ REFUSED = {
     "held_out": (["--held-out", "1.0"], r"held_out must be in \[0, 1\), got 1.0"),
     "mixture": (["--mixture.text", "-1"], r"--mixture: weights must not be negative.*'text': -1.0"),
     "mixture of nothing": (["--mixture.text", "0", "--mixture.code", "0"], "--mixture: .*nor all 0"),
-    "preset without a model": (["--preset", "smollm2-135m"], "give its folder with --model DIR"),
     "overwrite without out": (["--overwrite"], "--overwrite needs --out"),
     "data": (["--data", "/nonexistent"], "/nonexistent is not a token store"),
     "model": (["--model", "/nonexistent"], "no tokenizer in /nonexistent"),
@@ -272,9 +303,32 @@ def test_help_teaches(capsys, pretrain):
         pretrain.parse(["--help"])
     assert leaving.value.code == 0
     printed = capsys.readouterr().out
-    for flag in ("--preset", "--out", "--steps", "--seed", "--batch-tokens", "--resume", "--model", "--mixture.code"):
+    for flag in (
+        "--preset",
+        "--out",
+        "--steps",
+        "--seed",
+        "--batch-tokens",
+        "--resume",
+        "--model",
+        "--mixture.code",
+        "--checkpoint-every",
+        "--keep",
+        "--plan",
+        "--profile",
+        "--track",
+        "--shard-size",
+        "--compile",
+    ):
         assert flag in printed
-    for needed in ("python recipes/pretrain.py", "Ctrl-C", "metrics.jsonl", "tiny", "smollm2-135m"):
+    for needed in (
+        "python recipes/pretrain.py",
+        "Ctrl-C",
+        "metrics.jsonl",
+        "tiny",
+        "smollm2-135m",
+        "torchrun --nnodes 8",
+    ):
         assert needed in printed
 
 
@@ -288,10 +342,7 @@ def test_presets_change_defaults_and_flags_win(pretrain):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(data, tmp_path, signum):
     """In a process of its own, stopped in the middle of training."""
-    command = [sys.executable, str(RECIPES / "pretrain.py"), *MICRO, "--steps", "100000", "--eval-every", "0"]
-    command += ["--out", str(tmp_path / "run"), "--data", str(data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = launch("--steps", 100000, "--eval-every", 0, "--out", tmp_path / "run", "--data", data)
     try:
         deadline = time.monotonic() + 120
         while not ((tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 3):
@@ -310,6 +361,8 @@ def test_a_signal_saves_and_leaves(data, tmp_path, signum):
     assert np.isfinite(model.lm_head.weight.detach().numpy()).all()
     assert (tmp_path / "run" / "loss.png").is_file()
     assert not list((tmp_path / "run").glob("*.partial"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{record['steps_done']:08d}").is_dir()
+    assert f"--out {tmp_path / 'run'} --resume auto" in printed
 
 
 def test_the_recipe_trains_the_accelerated_model(pretrain, data, tmp_path, monkeypatch):
@@ -318,3 +371,23 @@ def test_the_recipe_trains_the_accelerated_model(pretrain, data, tmp_path, monke
     monkeypatch.setattr(lf, "accelerate", lambda model: accelerated.append(real(model)))
     assert run(pretrain, "--out", tmp_path / "run", "--data", data, "--steps", 1, "--sample-tokens", 0) == 0
     assert len(accelerated) == 1
+
+
+def test_presets_are_estimated_without_their_weights(pretrain, capsys):
+    for preset, parameters in (("llama2-7b", "6,738,415,616"), ("llama2-70b", "68,976,648,192")):
+        with Interruption() as interruption:
+            assert pretrain.pretrain(pretrain.parse(["--preset", preset, "--plan"]), interruption) == 0
+        printed = capsys.readouterr().out
+        assert f"{parameters} parameters" in printed
+        assert "This is an estimate" in printed
+        assert "DOES NOT FIT" not in printed
+    with Interruption() as interruption:
+        assert pretrain.pretrain(pretrain.parse(["--preset", "smollm2-135m", "--plan"]), interruption) == 0
+    assert "134,515,008 parameters" in capsys.readouterr().out
+
+
+def test_a_profile_is_a_trace_of_the_steps(pretrain, data, tmp_path):
+    arguments = ("--out", tmp_path / "run", "--data", data, "--steps", 4, "--profile", "--sample-tokens", 0)
+    assert run(pretrain, *arguments) == 0
+    trace = json.loads((tmp_path / "run" / "profile" / "rank-0.json").read_text())
+    assert any("lemur_fast::attention" in event.get("name", "") for event in trace["traceEvents"])

@@ -6,13 +6,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lemur_fast.training.distributed import process_group
+from lemur_fast.training.distributed import World, process_group
 
 
 @pytest.fixture
-def mesh() -> Iterator[Any]:
-    with process_group(torch.device("cpu")) as mesh:
-        yield mesh
+def world() -> Iterator[World]:
+    with process_group("cpu") as world:
+        yield world
+
+
+@pytest.fixture
+def mesh(world: World) -> Any:
+    return world.mesh
 
 
 @pytest.fixture

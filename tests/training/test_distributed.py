@@ -30,10 +30,17 @@ def test_the_group_is_taken_down_even_after_an_error():
         assert not dist.is_initialized()
 
 
-def test_many_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2"), process_group(torch.device("cpu")):
-        pass
+def test_shards_must_divide_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="shard_size: got 3; must divide the number of processes, 4"):
+        process_group("cpu", 3).__enter__()
+
+
+def test_a_world_of_one_needs_no_one_else(world):
+    assert world.sum(3, 4) == [3, 4]
+    assert world.everyone("a") == ["a"]
+    assert world.first(lambda: 5) == 5
+    assert world.add_(torch.ones(2)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
