@@ -61,7 +61,7 @@ from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
-from lemur_fast.training.distributed import World, compute_dtype, full_state_dict, process_group
+from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
 from lemur_fast.training.fit import Progress, fit
 from lemur_fast.training.flops import peak_flops
 from lemur_fast.training.guard import Guard
@@ -284,7 +284,7 @@ def chat(args: Chat, interruption: Interruption) -> int:
         kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         with process_group(kind, args.shard_size) as world:
             return train(args, world, interruption)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except REFUSALS as error:
         print(f"chat: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # such as a full disk
@@ -313,7 +313,8 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
     world.print(f"run        {folder}, from {source}")
     record: dict[str, Any] = {"recipe": "chat", "settings": dataclasses.asdict(args), "base": str(source)}
-    world.first(lambda: write_json(folder / "run.json", record))
+    if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
+        write_json(folder / "run.json", record)
     notice = f"the tokenizer of {source}; ChatML tokens added: {new_tokens or 'none'}"
     world.first(lambda: prepare_data(args, folder, tokenizer, notice) and None)
     store = prepare_data(args, folder, tokenizer, notice)
@@ -335,11 +336,8 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     seconds["data"] = time.perf_counter() - started
 
     dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = make_model(
-        *(config, source, world, dtype),
-        **{"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile},
-        **{"new_tokens": new_tokens, "lora": lora},
-    )
+    options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
+    model = make_model(config, source, world, dtype, new_tokens=new_tokens, lora=lora, **options)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable, total_parameters = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     peak, peak_from = peak_flops(world.device, dtype)
@@ -372,13 +370,9 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
             about = {"project": "lemur_fast", "name": folder.name, "config": settings}
             log = stack.enter_context(MetricsLog(folder, progress.done if saved else None, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
-        telemetry = stack.enter_context(
-            Telemetry(
-                *(log, world, config),
-                **{"peak": peak, "source_names": store.train.source_names, "steps": steps},
-                **{"batch_tokens": args.batch_tokens, "done": progress.done, "skipped": skipped},
-            )
-        )
+        about = {"source_names": store.train.source_names, "steps": steps, "batch_tokens": args.batch_tokens}
+        telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)
+        stack.enter_context(telemetry)
         fit(
             *(state, loader, held_out),
             **{"world": world, "telemetry": telemetry, "checkpoints": checkpoints, "interruption": interruption},
@@ -391,11 +385,10 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
 
         # 3. Save, whatever the outcome.
         done, outcome = progress.done, progress.outcome
-        exit_code = interruption.exit_code or (0 if outcome == "finished" and not checkpoints.failed else 1)
         begun = time.perf_counter()
         weights = full_state_dict(model)
         if not world.is_main:
-            return exit_code
+            return progress.exit_code
         if lora is not None:
             weights = merge(config, lora, weights, folder / "adapter")
         save_model(folder / "model", config, weights, tokenizer, generation_config(tokenizer))
@@ -426,7 +419,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     print(f"{outcome}; the model is in {folder / 'model'}. Talk to it: python recipes/generate.py {folder}")
     if done < steps:
         print(f"to go on   the same command with --out {folder} --resume auto")
-    return exit_code
+    return progress.exit_code
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -1,15 +1,12 @@
 """The loop of the recipes: steps, measurements, checkpoints, and an orderly end."""
 
 import functools
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lemur_fast.data.loader import HeldOut, Loader
-from lemur_fast.data.mixture import Row
-from lemur_fast.data.store import Documents
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState
 from lemur_fast.training.distributed import World
 from lemur_fast.training.guard import Guard
@@ -27,6 +24,8 @@ class Progress:
     trained: dict[str, int]
     """Tokens read so far, by kind."""
     outcome: str = "finished"
+    exit_code: int = 0
+    """The same in every process: 128 + the signal that stopped the run, 1 for a run that went wrong."""
     evaluation_seconds: float = 0.0
 
 
@@ -67,9 +66,10 @@ def fit(
         checkpoint_every: steps between checkpoints.
         sync_every: see `step.accumulate`.
     """
-    guard, documents, mixture = state.guard, loader.documents, loader.mixture
+    guard, mixture = state.guard, loader.mixture
     assert isinstance(guard, Guard)
     kinds = [part.kind for part in held_out]
+    num_sources, stopping = len(loader.documents.source_names), 0
 
     def evaluate() -> None:
         begun = time.perf_counter()
@@ -83,28 +83,24 @@ def fit(
     if progress.done == 0:
         evaluate()
     while progress.done < steps:
-        if any(world.sum(interruption.signum or 0)) or telemetry.hopeless():
+        stopping = world.stops(interruption.signum)  # the same answer in every process, as that of telemetry
+        if stopping or telemetry.hopeless():
             break
         telemetry.begin()
         rows, batches = next(loader)
         tags = loader.tags(rows)
         waited = telemetry.since_begin()
         (supervised,) = world.sum(sum(int(batch.num_items) for batch in batches))
-        lr = state.schedule.get_last_lr()[0]
-        figures = train_step(
-            *(state.model, guard, batches, tags, world),
-            num_items=supervised,
-            num_sources=len(documents.source_names),
-            clip=clip,
-            sync_every=sync_every,
-        )
+        lr = float(state.schedule.get_last_lr()[0])
+        options: Any = {"num_sources": num_sources, "clip": clip, "sync_every": sync_every}
+        figures = train_step(state.model, guard, batches, tags, world, num_items=supervised, **options)
         state.schedule.step()
         progress.done += 1
         progress.trained = {kind: progress.trained[kind] + count for kind, count in mixture.tokens(rows).items()}
         lengths = [segment.length for row in rows for segment in row]
-        names = functools.partial(document_names, documents, rows)
-        counts = {f"data/{kind}_tokens": float(count) for kind, count in progress.trained.items()}
-        telemetry.queued(StepFacts(progress.done, lengths, supervised, lr, waited, names, counts), figures)
+        read = {f"data/{kind}_tokens": float(count) for kind, count in progress.trained.items()}
+        names = functools.partial(loader.names, rows)
+        telemetry.queued(StepFacts(progress.done, lengths, supervised, lr, waited, names, read), figures)
         traced()
         last = progress.done == steps
         evaluation = last or bool(eval_every and progress.done % eval_every == 0)
@@ -120,13 +116,9 @@ def fit(
     if telemetry.hopeless():
         refused = f"{telemetry.refused_in_a_row} steps in a row could not be taken"
         progress.outcome = f"stopped after step {progress.done}: {refused}"
-    elif progress.done < steps:
-        by = Interrupted(interruption.signum or signal.SIGTERM)
-        progress.outcome = f"stopped by {by} after step {progress.done} of {steps}"
-    save()
+    elif stopping:
+        progress.outcome = f"stopped by {Interrupted(stopping)} after step {progress.done} of {steps}"
+    save()  # before anything else: this can not be had again
     checkpoints.wait()
-
-
-def document_names(documents: Documents, rows: list[Row]) -> list[str]:
-    """Names of the documents that rows are made of."""
-    return sorted({documents.name(segment.document) for row in rows for segment in row})
+    whole = progress.outcome == "finished" and progress.done in checkpoints.steps()
+    progress.exit_code = 128 + stopping if stopping else 0 if whole else 1

@@ -293,8 +293,8 @@ def test_a_conversation_remembers_and_forgets(generate, memorized, monkeypatch, 
     lines = iter(["One?", "", "Two?", "/new", "Three? <|im_end|>", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     seen = []
-    prompt = talk.encoder.prompt
-    monkeypatch.setattr(talk.encoder, "prompt", lambda said: seen.append(prompt(said)) or seen[-1])
+    write = talk.model.generate
+    monkeypatch.setattr(talk.model, "generate", lambda **given: seen.append(given["input_ids"][0]) or write(**given))
     generate.converse(talk)
     assert capsys.readouterr().out.split() == ["green"] * 3
     texts = [talk.tokenizer.decode(ids) for ids in seen]
