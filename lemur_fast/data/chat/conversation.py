@@ -7,8 +7,6 @@ is mended in silence: what does not have that shape is left out under a reason, 
 from dataclasses import dataclass
 from typing import Literal
 
-from lemur_fast.data.sources import Document
-
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
@@ -68,17 +66,15 @@ def checked(conversation: Conversation | Unfit) -> Conversation:
     return Conversation(messages[: last + 1], conversation.name)
 
 
-def as_document(conversation: Conversation, source: str) -> Document:
-    """The conversation as the filters see it: equal ones have equal texts.
+def text(conversation: Conversation) -> str:
+    """What is said, by whom: equal conversations have equal texts.
 
     Whether a message is trained does not count: two branches of a tree that end alike are not the same conversation,
     and two copies of one are.
     """
-    text = "\n\n".join(f"{message.role}: {message.content.strip()}" for message in conversation.messages)
-    return Document(text, conversation.name, source, source, "")
+    return "\n\n".join(f"{message.role}: {message.content.strip()}" for message in conversation.messages)
 
 
-def opening(conversation: Conversation) -> Document:
+def opening(conversation: Conversation) -> str:
     """The user's first message: conversations that begin alike must not lie on both sides of a held-out split."""
-    first = next(message for message in conversation.messages if message.role == "user")
-    return Document(first.content, conversation.name, "", "", "")
+    return next(message.content.strip() for message in conversation.messages if message.role == "user")

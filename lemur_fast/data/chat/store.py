@@ -6,6 +6,7 @@ The files are those of `lemur_fast.data.store`, with one more column, `trained`;
 any other. What became of every conversation is counted in the manifest.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, Overlong, fitted
-from lemur_fast.data.chat.conversation import Conversation, Unfit, as_document, checked, opening
+from lemur_fast.data.chat.conversation import Conversation, Unfit, checked, opening, text
 from lemur_fast.data.chat.sources import ChatSource
-from lemur_fast.data.filters import DropExactDuplicates
-from lemur_fast.data.store import SPLITS, Split, TokenStore, split_of
+from lemur_fast.data.store import SPLITS, Split, TokenStore
 from lemur_fast.files import staged_folder
 
 _CHUNK = 256  # conversations tokenized at a time
@@ -58,7 +58,7 @@ def build_chat_store(
     if len(set(names)) < len(names):
         raise ValueError(f"two sources have the same name: {', '.join(names)}; NAME=FORMAT:WHERE gives them their own")
     encoder = ChatEncoder(tokenizer)
-    duplicates = DropExactDuplicates()
+    seen: set[bytes] = set()
     ledger: dict[str, dict[str, Any]] = {}
     token_type = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
     lists = [("tokens", pa.list_(token_type)), ("trained", pa.list_(pa.bool_()))]
@@ -69,12 +69,13 @@ def build_chat_store(
         bar = tqdm(desc="tokenizing", unit=" conversations", leave=False, disable=None)
         for source in sources:
             entry = ledger[source.name] = _new_entry(source)
-            for conversations in _chunks(_kept(source, duplicates, entry)):
+            for conversations in _chunks(_kept(source, seen, entry)):
                 rows: dict[Split, list[tuple[str, Encoded]]] = {split: [] for split in SPLITS}
                 for conversation, encoded in zip(conversations, encoder(conversations), strict=True):
                     pieces = fitted(encoded, max_tokens, overlong)
                     _count_overlong(entry, encoded, pieces)
-                    split = split_of(opening(conversation), held_out)
+                    place = int.from_bytes(_digest(opening(conversation))[:8], "big") / 2**64
+                    split: Split = "held_out" if place < held_out else "train"
                     for index, piece in enumerate(pieces):
                         name = conversation.name + (f"#{index + 1}" if len(pieces) > 1 else "")
                         rows[split].append((name, piece))
@@ -119,15 +120,20 @@ def _new_entry(source: ChatSource) -> dict[str, Any]:
     return entry | {split: {"documents": 0, "tokens": 0, "trained": 0} for split in SPLITS}
 
 
-def _kept(source: ChatSource, duplicates: DropExactDuplicates, entry: dict[str, Any]) -> Iterator[Conversation]:
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _kept(source: ChatSource, seen: set[bytes], entry: dict[str, Any]) -> Iterator[Conversation]:
     """What is fit to train on and no copy; the rest is counted."""
     for item in source.read():
         entry["conversations"] += 1
         try:
             conversation = checked(item)
-            reason = duplicates(as_document(conversation, source.name))
-            if reason:
-                raise Unfit(reason)
+            digest = _digest(text(conversation))
+            if digest in seen:
+                raise Unfit("exact duplicate")
+            seen.add(digest)
         except Unfit as unfit:
             entry["dropped"][str(unfit)] += 1
             continue
