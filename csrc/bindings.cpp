@@ -87,7 +87,6 @@ void check_labels(const int64_t* labels, int64_t rows, int64_t vocab, int64_t ig
 int64_t trained_rows(std::uintptr_t labels, int64_t rows, int64_t vocab, int64_t ignore_index, std::uintptr_t out) {
   check_size("rows", rows, 0);
   check_present("labels", labels, rows);
-  check_present("out", out, rows);
   check_labels(pointer<const int64_t>(labels), rows, vocab, ignore_index);
   return lemur::cpu::trained_rows(pointer<const int64_t>(labels), rows, ignore_index, pointer<int64_t>(out));
 }
@@ -100,6 +99,25 @@ void sum_losses(std::uintptr_t loss, std::uintptr_t labels, int64_t rows, int64_
   check_present("total", total, 1);
   lemur::cpu::sum_losses(pointer<const float>(loss), pointer<const int64_t>(labels), rows, ignore_index,
                          pointer<float>(total), pointer<float>(items));
+}
+
+// cross_entropy_fwd and sum_losses in one call, which keeps the losses to itself: of small inputs calls and tensors are
+// the cost.
+void cross_entropy_sum(std::uintptr_t logits, int64_t logits_stride, std::uintptr_t labels, std::uintptr_t total,
+                       std::uintptr_t items, std::uintptr_t lse, std::uintptr_t log_prob, std::uintptr_t entropy,
+                       std::uintptr_t correct, std::uintptr_t dlogits, int64_t rows, int64_t cols, int64_t ignore_index,
+                       float label_smoothing, float z_loss, float softcap, int dtype) {
+  check_size("rows", rows, 0);
+  check_present("total", total, 1);
+  std::vector<float> loss(static_cast<size_t>(std::max<int64_t>(rows, 1)));
+  const auto args = lemur::bindings::cross_entropy_fwd(
+      logits, logits_stride, labels, reinterpret_cast<std::uintptr_t>(loss.data()), lse, log_prob, entropy, correct, 0,
+      dlogits, rows, cols, ignore_index, label_smoothing, z_loss, softcap, dtype);
+  check_labels(args.labels, rows, cols, ignore_index);
+  const auto& table = lemur::cpu::kernels();
+  py::gil_scoped_release release;
+  table.cross_entropy_fwd(args);
+  lemur::cpu::sum_losses(loss.data(), args.labels, rows, ignore_index, pointer<float>(total), pointer<float>(items));
 }
 
 template <typename... Given>
@@ -320,7 +338,11 @@ PYBIND11_MODULE(_C, m) {
   checked::def_cross_entropy_fwd(cpu, with_labels(checked::cross_entropy_fwd, &Kernels::cross_entropy_fwd));
   checked::def_cross_entropy_bwd(cpu, with_labels(checked::cross_entropy_bwd, &Kernels::cross_entropy_bwd));
   cpu.def("trained_rows", &trained_rows, "labels"_a, "rows"_a, "vocab"_a, "ignore_index"_a, "out"_a,
-          "Writes the positions of labels [rows] that are not ignored, and returns their number.");
+          "Writes the positions of labels [rows] that are not ignored, unless out is 0, and returns their number.");
+  cpu.def("cross_entropy_sum", &cross_entropy_sum, "logits"_a, "logits_stride"_a, "labels"_a, "total"_a, "items"_a,
+          "lse"_a, "log_prob"_a, "entropy"_a, "correct"_a, "dlogits"_a, "rows"_a, "cols"_a, "ignore_index"_a,
+          "label_smoothing"_a, "z_loss"_a, "softcap"_a, "dtype"_a,
+          "cross_entropy_fwd, of which only the sum of the losses, or their mean, is kept, as sum_losses gives it.");
   cpu.def(
       "sum_losses", &sum_losses, "loss"_a, "labels"_a, "rows"_a, "ignore_index"_a, "total"_a, "items"_a,
       "Sum of losses [rows]; unless items is 0, their mean over the labels that are not ignored, and how many those "

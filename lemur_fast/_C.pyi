@@ -136,6 +136,26 @@ class cpu:
         dtype: int,
     ) -> None: ...
     @staticmethod
+    def cross_entropy_sum(
+        logits: int,
+        logits_stride: int,
+        labels: int,
+        total: int,
+        items: int,
+        lse: int,
+        log_prob: int,
+        entropy: int,
+        correct: int,
+        dlogits: int,
+        rows: int,
+        cols: int,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        dtype: int,
+    ) -> None: ...
+    @staticmethod
     def trained_rows(labels: int, rows: int, vocab: int, ignore_index: int, out: int) -> int: ...
     @staticmethod
     def sum_losses(loss: int, labels: int, rows: int, ignore_index: int, total: int, items: int) -> None: ...

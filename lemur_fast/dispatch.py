@@ -207,9 +207,7 @@ def _by_size(
 
 
 # What `explain` asks for where a choice hangs on more than device, dtype and size: training at LLaMA-2's own values.
-_TYPICAL_TRAITS: dict[str, dict[str, object]] = {
-    "attention": {"head_dim": 128, "causal": True, "window": 0, "softcap": 0.0, "return_lse": False}
-}
+_TYPICAL_TRAITS: dict[str, dict[str, object]] = {"attention": {"head_dim": 128}}
 
 
 def _line(op: str, order: tuple[str, ...], device: torch.device, dtype: torch.dtype, wants_grad: bool) -> str:

@@ -58,7 +58,7 @@ from lemur_fast.data.chat.store import build_chat_store, describe
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
 from lemur_fast.data.store import TokenStore
-from lemur_fast.data.tokenizer import load_tokenizer
+from lemur_fast.data.tokenizer import fingerprint, load_tokenizer
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
@@ -268,9 +268,12 @@ def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, n
     store = TokenStore(where)
     if "chat" not in store.manifest:
         raise ValueError(f"--data {where} holds no conversations: it was made for pretraining")
-    vocab_size, longest = store.manifest["tokenizer"]["vocab_size"], store.manifest["chat"]["max_tokens"]
-    if vocab_size != len(tokenizer):
-        raise ValueError(f"--data {where} has a vocabulary of {vocab_size}, the tokenizer one of {len(tokenizer)}")
+    used, longest = store.manifest["tokenizer"], store.manifest["chat"]["max_tokens"]
+    if used["fingerprint"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"--data {where} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) than "
+            f"the model's ({len(tokenizer)} tokens)"
+        )
     if longest > args.seq_len:
         raise ValueError(f"--data {where} was made for rows of {longest} tokens, --seq-len is {args.seq_len}")
     return store

@@ -18,7 +18,7 @@ READMEs of installed packages. Nothing is downloaded for it. What a run leaves i
 
     run.json         what was run, on what, and how it ended       loss.png       training and held-out loss
     metrics.jsonl    every step's figures                          tensorboard/   the same figures
-    data/            the tokens, and a manifest of their sources   samples.txt    what the model writes at the end
+    data/            the corpus: summary.html, manifest, tokens    samples.txt    what the model writes at the end
     model/           the model, for `from_pretrained`              checkpoints/   what --resume goes on from
 
 Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and the model, and leaves; a second one leaves at once.
@@ -45,11 +45,13 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 import lemur_fast as lf
+from lemur_fast.data.embedded import embedded_sources
+from lemur_fast.data.executors import build_store
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
-from lemur_fast.data.sources import embedded_sources
-from lemur_fast.data.store import TokenStore, build_store
-from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, load_tokenizer
+from lemur_fast.data.pipeline import Settings
+from lemur_fast.data.store import TokenStore
+from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, fingerprint, load_tokenizer
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
@@ -107,9 +109,11 @@ class Pretrain:
 
     # Data.
     data: Path | None = None
-    """Token store to train on, such as the data/ folder of an earlier run. Default: tokenize the embedded corpus."""
+    """Corpus to train on: what prepare_data.py wrote, or the data/ folder of an earlier run. Default: prepare the
+    embedded corpus."""
     mixture: dict[str, float] = field(default_factory=lambda: {"code": 10.0, "text": 1.0})
-    """Share of the tokens for each kind of document, in any unit; 0 leaves a kind out, but still measures it."""
+    """Share of the tokens for each kind of document, or source of the corpus, in any unit; 0 leaves one out, but still
+    measures it."""
     seq_len: int = 4096
     """Tokens in a packed row: the longest piece of a document that the model sees at once."""
     held_out: float = 0.05
@@ -261,14 +265,18 @@ def model_config(args: Pretrain, folder: Path | None, tokenizer: PreTrainedToken
 
 
 def prepare_data(args: Pretrain, folder: Path, tokenizer: PreTrainedTokenizerBase, notice: str) -> TokenStore:
-    """Open --data or what an interrupted run has tokenized, or tokenize the embedded corpus."""
+    """Open --data or what an interrupted run has prepared, or prepare the embedded corpus."""
     where = args.data or folder / "data"
-    if args.data is None and not where.exists():
-        build_store(where, embedded_sources(), tokenizer, held_out=args.held_out, tokenizer_notice=notice)
+    if args.data is None and not (where / "manifest.json").is_file():
+        settings = Settings(held_out=args.held_out)
+        build_store(where, embedded_sources(), tokenizer, settings, tokenizer_notice=notice, workers=1)
     store = TokenStore(where)
-    vocab_size = store.manifest["tokenizer"]["vocab_size"]
-    if vocab_size != len(tokenizer):
-        raise ValueError(f"--data {where} has a vocabulary of {vocab_size}, the tokenizer one of {len(tokenizer)}")
+    used = store.manifest["tokenizer"]
+    if used["fingerprint"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"--data {where} was tokenized with another tokenizer ({used['notice'] or 'unnamed'}, "
+            f"{used['vocab_size']} tokens) than the model's ({len(tokenizer)} tokens)"
+        )
     return store
 
 
@@ -407,7 +415,10 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     total = max(1, sum(trained.values()))
     record |= {"outcome": outcome, "steps_done": done, "tokens": trained, "skipped": telemetry.skipped}
     record |= {"seconds": seconds, "held_out": log.last("held_out/")}
+    record["sources"] = mixture.sources_read(loader.state())
     write_json(folder / "run.json", record)
+    for source, of in record["sources"].items():
+        print(f"source     {source}: {of['tokens']:,} tokens read, {of['epochs']:.2f} epochs")
     for kind, epochs in mixture.epochs(trained).items():
         print(f"trained on {trained[kind]:,} {kind} tokens: {trained[kind] / total:.1%} of all, {epochs:.2f} epochs")
     for kind in args.mixture:

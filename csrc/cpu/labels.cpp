@@ -12,7 +12,9 @@ int64_t first_wrong_label(const int64_t* labels, int64_t n, int64_t vocab, int64
 int64_t trained_rows(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* rows) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (labels[i] != ignore_index) rows[count++] = i;
+    if (labels[i] == ignore_index) continue;
+    if (rows) rows[count] = i;
+    ++count;
   }
   return count;
 }

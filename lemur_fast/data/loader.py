@@ -1,6 +1,7 @@
 """From rows of segments to packed batches: the last stretch of the data pipeline, the only one that reads tokens."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lemur_fast import packing
-from lemur_fast.data.mixture import Mixture, MixtureState, Row, Segments
+from lemur_fast.data.mixture import Mixture, MixtureState, Row, Segments, members
 from lemur_fast.data.store import Documents
 from lemur_fast.packing import PackedBatch, Segment
 
@@ -30,7 +31,8 @@ class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
     to process i modulo their number. So the rows of a step do not depend on how many processes share them. Where that
     number does not divide them, the last micro-batch of some processes is empty.
 
-    Its state is the mixture's: it holds nothing back and reads nothing ahead.
+    The next step is read by a thread while this one is trained on, so the mixture is a step ahead: where a run stands,
+    `state` says, and it counts only what was handed out.
     """
 
     def __init__(
@@ -45,17 +47,26 @@ class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
             raise ValueError(f"a step of {rows_per_step} rows cannot be shared by {processes} processes")
         self.documents, self.mixture, self.rows_per_step = documents, mixture, rows_per_step
         self.rank, self.processes = rank, processes
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._state = mixture.state()
+        self._ahead = self._reader.submit(self._read)
 
     def __next__(self) -> tuple[list[Row], list[PackedBatch]]:
+        rows, batches, self._state = self._ahead.result()
+        self._ahead = self._reader.submit(self._read)
+        return rows, batches
+
+    def _read(self) -> tuple[list[Row], list[PackedBatch], MixtureState]:
         rows = [next(self.mixture) for _ in range(self.rows_per_step)]
-        return rows, [packed(self.documents, row, self.mixture.row_tokens) for row in self._own(rows)]
+        batches = [packed(self.documents, row, self.mixture.row_tokens) for row in self._own(rows)]
+        return rows, batches, self.mixture.state()
 
     def tags(self, rows: list[Row]) -> list[Tensor]:
         """For each micro-batch of this process the source of every token, int64 [T]; padding counts as source 0."""
         tags = []
         for row in self._own(rows):
             segments = np.array(row, np.int64).reshape(-1, 3)  # document, start, length
-            tag = np.repeat(self.documents.sources[segments[:, 0]], segments[:, 2])
+            tag = np.repeat(self.documents.source_codes[segments[:, 0]].astype(np.int64), segments[:, 2])
             tags.append(torch.from_numpy(np.pad(tag, (0, self.mixture.row_tokens - len(tag)))))
         return tags
 
@@ -68,12 +79,16 @@ class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
         return own if len(own) == -(-len(rows) // self.processes) else [*own, []]
 
     def state(self) -> MixtureState:
-        """Where the loader stands."""
-        return self.mixture.state()
+        """Where the loader stands: after the steps that it handed out."""
+        return self._state
 
     def load_state(self, state: MixtureState) -> None:
         """Continue from `state`."""
+        self._ahead.cancel()
+        wait([self._ahead])
         self.mixture.load_state(state)
+        self._state = self.mixture.state()
+        self._ahead = self._reader.submit(self._read)
 
 
 @dataclass
@@ -91,12 +106,12 @@ class HeldOut:
 def held_out_batches(
     documents: Documents, kind: str, tokens: int, row_tokens: int, tokenizer: PreTrainedTokenizerBase
 ) -> HeldOut:
-    """About `tokens` tokens of the held-out documents of a kind; the same ones for every run on the same store.
+    """About `tokens` held-out tokens of a kind or source; the same documents for every run on the same store.
 
     Raises:
         ValueError: there are none.
     """
-    of_kind = np.flatnonzero(documents.kinds == kind)
+    of_kind = members(documents, kind)
     segments = Segments.cut(of_kind, documents.lengths[of_kind], row_tokens)
     if not len(segments):
         raise ValueError(f"no held-out documents of kind {kind!r}: the corpus is too small, or its held_out share is")

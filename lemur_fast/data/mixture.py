@@ -7,10 +7,12 @@
       4  packed, a window of rows at a time, without cutting any segment again
       5  the rows of a window: shuffled, then put in the order that keeps the mixture from row to row
 
-Only lengths are looked at here; the tokens are read when a row is. The order is a pure function of (seed, position):
-two mixtures of the same store, weights and seed give the same rows, and `state()` returns to any of them.
+What is weighed is a kind, or a source by its name. Only lengths are looked at here; the tokens are read when a row is.
+The order is a pure function of (seed, position): two mixtures of the same store, weights and seed give the same rows,
+and `state()` returns to any of them. In memory a segment takes 32 bytes, and a document 8.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
@@ -24,7 +26,7 @@ from lemur_fast.packing import Segment
 WINDOW_ROWS = (
     64  # rows packed together: enough short segments at hand to fill the rows, few enough to plan in an instant
 )
-
+_log = logging.getLogger(__name__)
 
 Row = list[Segment]
 
@@ -73,6 +75,11 @@ class Segments:
         return Segment(int(self.document[index]), int(self.start[index]), int(self.length[index]))
 
 
+def members(documents: Documents, name: str) -> np.ndarray:
+    """Numbers of the documents of a kind, or of a source, int64 [D]."""
+    return np.flatnonzero((documents.kinds == name) | (documents.sources == name))
+
+
 class Mixture(Iterator[Row]):
     """An endless stream of packed rows in which every kind has its share of the tokens."""
 
@@ -81,12 +88,13 @@ class Mixture(Iterator[Row]):
 
         Args:
             documents: a split of a token store.
-            weights: share of the tokens for each kind, in any unit; kinds with 0, or not named, are left out.
+            weights: share of the tokens for each kind, or source, in any unit; what has 0, or is not named, is left
+                out.
             row_tokens: tokens in a full row.
             seed: decides the order.
 
         Raises:
-            ValueError: a weight is negative or all are 0, or a kind has nothing to draw.
+            ValueError: a weight is negative or all are 0, a kind has nothing to draw, or a document is weighed twice.
         """
         self.segments: dict[str, Segments] = {}
         for kind, weight in weights.items():
@@ -95,18 +103,26 @@ class Mixture(Iterator[Row]):
         weights = {kind: weight for kind, weight in weights.items() if weight > 0}
         if not weights:
             raise ValueError("mixture: no kind has a weight above 0")
+        self.kinds = np.full(len(documents.lengths), None, object)
         for kind in weights:
-            of_kind = np.flatnonzero(documents.kinds == kind)
+            of_kind = members(documents, kind)
             self.segments[kind] = Segments.cut(of_kind, documents.lengths[of_kind], row_tokens)
             if not len(self.segments[kind]):
                 there = sorted(set(documents.kinds.tolist())) or "none"
                 raise ValueError(
-                    f"the mixture asks for {kind!r}, of which the store has no tokens (kinds in it: {there})"
+                    f"the mixture asks for {kind!r}, of which the store has no tokens (kinds in it: {there}; "
+                    f"sources: {sorted(set(documents.sources.tolist())) or 'none'})"
                 )
+            others = set(self.kinds[of_kind].tolist()) - {None}
+            if others:
+                raise ValueError(
+                    f"mixture: documents of {kind!r} are weighed as {others.pop()!r}, too; name one of them"
+                )
+            self.kinds[of_kind] = kind
         total = sum(weights.values())
         self.weights = {kind: weight / total for kind, weight in weights.items()}
         self.row_tokens, self.seed = row_tokens, seed
-        self.kinds = documents.kinds
+        self.sources = documents.sources
         self._orders: dict[str, tuple[int, np.ndarray]] = {}  # kind -> epoch, its order
         zeros = dict.fromkeys(self.weights, 0)
         self.load_state({"window": 0, "row": 0, "drawn": dict(zeros), "tokens": dict(zeros), "held_over": []})
@@ -140,6 +156,25 @@ class Mixture(Iterator[Row]):
     def epochs(self, tokens: Mapping[str, float]) -> dict[str, float]:
         """How often each kind's documents are read when so many of their tokens are; above 1, they repeat."""
         return {kind: count / int(self.segments[kind].length.sum()) for kind, count in tokens.items()}
+
+    def sources_read(self, state: MixtureState) -> dict[str, dict[str, float]]:
+        """For each source the `tokens` read up to `state`, and the `epochs` that they are."""
+        rows, after = self._plan({**state, "row": 0})
+        # Drawn for this window, or for the next, and not given out.
+        unread = [*after["held_over"], *(segment for row in rows[state["row"] :] for segment in row)]
+        counts: dict[str, int] = {}
+        totals: dict[str, int] = {}
+        for kind, segments in self.segments.items():
+            epochs, rest = divmod(after["drawn"][kind], len(segments))
+            begun = self._order(kind, epochs)[:rest]
+            sources = self.sources[segments.document]
+            for source in dict.fromkeys(sources.tolist()):
+                of = np.where(sources == source, segments.length, 0)
+                totals[source] = totals.get(source, 0) + int(of.sum())
+                counts[source] = counts.get(source, 0) + epochs * int(of.sum()) + int(of[begun].sum())
+        for document, _, length in unread:
+            counts[self.sources[document]] -= length
+        return {source: {"tokens": count, "epochs": count / totals[source]} for source, count in counts.items()}
 
     def _plan(self, start: MixtureState) -> tuple[list[Row], MixtureState]:
         """The rows of the window that begins at `start`, and the state after it."""
@@ -186,7 +221,15 @@ class Mixture(Iterator[Row]):
         """The segment at `position` of a kind's endless stream of epochs."""
         segments = self.segments[kind]
         epoch, index = divmod(position, len(segments))
-        if self._orders.get(kind, (None,))[0] != epoch:
+        if index == 0 and epoch > 0:
+            _log.warning("mixture: all of %r is drawn; its epoch %d begins, documents repeat", kind, epoch + 1)
+        return segments[int(self._order(kind, epoch)[index])]
+
+    def _order(self, kind: str, epoch: int) -> np.ndarray:
+        """The order of a kind's segments in an epoch; that of the latest epoch asked for is remembered."""
+        known, order = self._orders.get(kind, (None, None))
+        if order is None or known != epoch:
             salt = list(self.weights).index(kind) + 1
-            self._orders[kind] = (epoch, np.random.default_rng([self.seed, salt, epoch]).permutation(len(segments)))
-        return segments[int(self._orders[kind][1][index])]
+            order = np.random.default_rng([self.seed, salt, epoch]).permutation(len(self.segments[kind]))
+            self._orders[kind] = (epoch, order)
+        return order

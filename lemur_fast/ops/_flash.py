@@ -104,10 +104,10 @@ def refuses_varlen(
     *,
     wants_grad: bool,
     head_dim: int,
-    causal: bool,
-    window: int,
-    softcap: float,
-    return_lse: bool,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    return_lse: bool = False,
 ) -> str | None:
     """Why torch's varlen attention cannot serve a call; None when it can."""
     if _varlen_missing is not None:
@@ -132,10 +132,10 @@ def refuses_flash_attn(
     *,
     wants_grad: bool,
     head_dim: int,
-    causal: bool,
-    window: int,
-    softcap: float,
-    return_lse: bool,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    return_lse: bool = False,
 ) -> str | None:
     """Why the flash-attn package cannot serve a call; None when it can."""
     if _flash_attn_missing is not None:

@@ -266,6 +266,9 @@ def loss_options(
 
 
 def check_labels(labels: Tensor, weights: Tensor | None, tokens: int, device: torch.device) -> None:
+    usual = isinstance(labels, Tensor) and labels.dtype in _LABELS and labels.device == device and weights is None
+    if usual and labels.shape == (tokens,):
+        return
     check_integer("labels", labels, _LABELS)
     check_shape("labels", labels, (tokens,), "one per row")
     check_device("labels", labels, device)
@@ -277,7 +280,7 @@ def check_labels(labels: Tensor, weights: Tensor | None, tokens: int, device: to
 
 def only_rows(labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
     """`labels` with every token that is not in `rows` ignored; entries of `rows` outside [0, T) are padding."""
-    labels = labels.long()
+    labels = labels if labels.dtype == torch.int64 else labels.long()
     if rows is None:
         return labels
     tokens = labels.numel()
@@ -314,6 +317,40 @@ def sum_losses(loss: Tensor, labels: Tensor, ignore_index: int, mean: bool, back
         items.data_ptr() if mean else 0,
     )
     return total, items
+
+
+def compiled_sum(
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    mean: bool,
+    want_stats: bool,
+    grad_out: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`sum_losses` of `compiled_token_loss` on a CPU, and then its lse and stats: one call, which keeps the losses."""
+    rows, cols = logits.shape
+    stats = rows if want_stats else 0
+    lse = logits.new_empty(rows, dtype=torch.float32)
+    total, items = empty_sum(lse, mean)
+    log_prob, entropy, correct = lse.new_empty(stats), lse.new_empty(stats), lse.new_empty(stats, dtype=torch.bool)
+    labels = labels.contiguous()
+    _compiled.C.cpu.cross_entropy_sum(
+        logits.data_ptr(),
+        logits.stride()[0],
+        labels.data_ptr(),
+        total.data_ptr(),
+        items.data_ptr() if mean else 0,
+        lse.data_ptr(),
+        log_prob.data_ptr() if want_stats else 0,
+        entropy.data_ptr() if want_stats else 0,
+        correct.data_ptr() if want_stats else 0,
+        0 if grad_out is None else grad_out.data_ptr(),
+        rows,
+        cols,
+        *options,
+        _compiled.dtype_code(logits.dtype),
+    )
+    return total, items, lse, log_prob, entropy, correct
 
 
 def empty_sum(loss: Tensor, mean: bool) -> tuple[Tensor, Tensor]:

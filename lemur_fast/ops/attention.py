@@ -238,7 +238,7 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor]:
     query_tokens, q_heads, head_dim = q.shape
     key_tokens, kv_heads, _ = k.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(query_tokens, q_heads, head_dim)
     lse = q.new_empty(q_heads, query_tokens, dtype=torch.float32)
     q, q_item = _item(q)
     k, k_item = _item(k)
@@ -445,13 +445,13 @@ def _attention_bwd_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-define(
+_attention_op = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, bool causal, int window,"
     " float softcap, float scale, str backend) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
 )
-define(
+_attention_bwd_op = define(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
     " Tensor cu_seqlens_k, bool causal, int window, float softcap, float scale, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -470,9 +470,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     q, k, v, out, lse, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    gradients = torch.ops.lemur_fast.attention_bwd(
-        dout, dlse, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, *ctx.options
-    )
+    gradients = _attention_bwd_op(dout, dlse, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, *ctx.options)
     return *gradients, *(None,) * 7
 
 
@@ -562,20 +560,10 @@ def attention(
         name, other = ("v", v) if k.dtype == dtype else ("k", k)
         raise ValueError(f"{name}: got dtype {other.dtype}; takes {dtype}, the dtype of q")
     window, softcap = window or 0, softcap or 0.0
-    backend = choose(
-        "attention",
-        device,
-        dtype,
-        q.numel(),
-        wants_grad(q, k, v),
-        head_dim=head_dim,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        return_lse=return_lse,
-    )
+    traits: dict[str, object] = {"head_dim": head_dim}
+    if window or softcap or return_lse or not causal:  # to look at each takes longer than to know that all are as usual
+        traits |= {"causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
+    backend = choose("attention", device, dtype, q.numel(), wants_grad(q, k, v), **traits)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    out, lse = torch.ops.lemur_fast.attention(
-        q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale, backend
-    )
+    out, lse = _attention_op(q, k, v, cu_seqlens, cu_seqlens_k, causal, window, softcap, scale, backend)
     return (out, lse) if return_lse else out

@@ -20,6 +20,7 @@ from lemur_fast.ops._loss import (
     TokenLoss,
     check_label_values,
     check_labels,
+    compiled_sum,
     compiled_token_loss,
     divide_by_items,
     empty_sum,
@@ -110,6 +111,8 @@ def _cross_entropy_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> Toke
 def _sum(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     options, (mean, want_stats, backend) = LossOptions(*arguments[:4]), arguments[4:]
     labels = labels.long()
+    if backend == "cpu":
+        return compiled_sum(unit_stride(logits), labels, options, mean, want_stats)
     losses = _token_loss(logits, labels, options, want_stats, backend)
     return *sum_losses(losses.loss, labels, options.ignore_index, mean, backend), *losses[1:]
 
@@ -130,20 +133,20 @@ def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-define(
+_cross_entropy_op = define(
     "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss, float softcap,"
     " bool want_stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
 )
-define(
+_cross_entropy_sum_op = define(
     "cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss,"
     " float softcap, bool mean, bool want_stats, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sum,
     _sum_fake,
 )
-define(
+_cross_entropy_bwd_op = define(
     "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index,"
     " float label_smoothing, float z_loss, float softcap, str backend) -> Tensor",
     _cross_entropy_bwd,
@@ -159,7 +162,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
     logits, labels, lse = ctx.saved_tensors[:3]
-    dlogits = torch.ops.lemur_fast.cross_entropy_bwd(dloss, logits, labels, lse, *ctx.options, ctx.backend)
+    dlogits = _cross_entropy_bwd_op(dloss, logits, labels, lse, *ctx.options, ctx.backend)
     return dlogits, None, None, None, None, None, None, None
 
 
@@ -230,7 +233,7 @@ def cross_entropy(
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     backend = choose("cross_entropy", device, logits.dtype, logits.numel(), wants_grad(logits))
     if reduction == "none" or weights is not None:
-        loss, *stats = torch.ops.lemur_fast.cross_entropy(logits, labels, *options, return_stats, backend)
+        loss, *stats = _cross_entropy_op(logits, labels, *options, return_stats, backend)
         if weights is not None:
             # where: 0 * weight would be NaN for an infinite weight of a token that does not train
             loss = torch.where(labels != ignore_index, loss * weights.to(loss.dtype), 0.0)
@@ -241,7 +244,7 @@ def cross_entropy(
             loss = divide_by_items(loss, num_items, items)
     else:
         mean = reduction == "mean" and num_items is None
-        loss, _, *stats = torch.ops.lemur_fast.cross_entropy_sum(logits, labels, *options, mean, return_stats, backend)
+        loss, _, *stats = _cross_entropy_sum_op(logits, labels, *options, mean, return_stats, backend)
         if num_items is not None:
             loss = divide_by_items(loss, num_items, None)
     return (loss, LossStats(*stats)) if return_stats else loss

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from lemur_fast.ops._loss import (
     TokenLoss,
     check_label_values,
     check_labels,
+    compiled_sum,
     compiled_token_loss,
     divide_by_items,
     divisor,
@@ -56,6 +57,8 @@ from lemur_fast.ops._loss import (
     triton_token_loss,
 )
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
+
+T = TypeVar("T")
 
 
 class Layer(NamedTuple):
@@ -169,12 +172,19 @@ def _cpu_run(
     hidden, weight, bias = layer
     (tokens, _), (vocab, _) = hidden.shape, weight.shape
     labels = labels.contiguous()
-    trained = torch.empty_like(labels)
-    count = _compiled.C.cpu.trained_rows(labels.data_ptr(), tokens, vocab, options.ignore_index, trained.data_ptr())
-    most = chunk_tokens or max(256, _CHUNK_LOGITS // vocab)
+    most = _most_tokens(vocab, chunk_tokens)
     gradients = _empty_gradients(layer, wanted)
+    count = _count_trained(labels, vocab, options)
     if 0 < count == tokens <= most:
-        return _cpu_run_at_once(layer, labels, options, want_stats, dloss, wanted, gradients), gradients
+        factors = None if dloss is None else dloss.float()
+        return _cpu_run_at_once(
+            layer,
+            wanted,
+            gradients,
+            lambda logits, dlogits: compiled_token_loss(logits, labels, options, want_stats, factors, dlogits),
+        ), gradients
+    trained = torch.empty_like(labels)
+    _compiled.C.cpu.trained_rows(labels.data_ptr(), tokens, vocab, options.ignore_index, trained.data_ptr())
     losses = empty_token_loss(hidden, tokens, want_stats)
     if count < tokens:
         gradients.hidden.zero_()
@@ -213,27 +223,57 @@ def _cpu_run(
     return losses, gradients
 
 
+def _most_tokens(vocab: int, chunk_tokens: int | None) -> int:
+    return chunk_tokens or max(256, _CHUNK_LOGITS // vocab)
+
+
+def _count_trained(labels: Tensor, vocab: int, options: LossOptions) -> int:
+    return _compiled.C.cpu.trained_rows(labels.data_ptr(), labels.shape[0], vocab, options.ignore_index, 0)
+
+
 def _cpu_run_at_once(
-    layer: Layer,
-    labels: Tensor,
-    options: LossOptions,
-    want_stats: bool,
-    dloss: Tensor | None,
-    wanted: Wanted,
-    gradients: Gradients,
-) -> TokenLoss:
-    """`_cpu_run` where all rows train and are one chunk: nothing is gathered, and nothing put back."""
+    layer: Layer, wanted: Wanted, gradients: Gradients, loss: Callable[[Tensor, Tensor | None], T]
+) -> T:
+    """`_cpu_run` where all rows train and are one chunk: nothing is gathered, and nothing put back.
+
+    `loss` takes the logits, and the memory for their gradient, which are they themselves, or None.
+    """
     hidden, weight, bias = layer
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    dlogits = logits if any(wanted) else None
-    losses = compiled_token_loss(logits, labels, options, want_stats, None if dloss is None else dloss.float(), dlogits)
+    if True not in wanted:
+        return loss(logits, None)
+    result = loss(logits, logits)
     if wanted.hidden:
         torch.mm(logits, weight, out=gradients.hidden)
     if wanted.weight:
         _add_product(gradients.weight.T, hidden.T.contiguous(), logits, _memory_of_product(weight), first=True)
     if wanted.bias:
         _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=True)
-    return losses
+    return result
+
+
+def _cpu_sum_at_once(
+    layer: Layer,
+    labels: Tensor,
+    options: LossOptions,
+    mean: bool,
+    want_stats: bool,
+    wanted: Wanted,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, ...] | None:
+    """What `_sum` returns, in as few calls as can be; None where not all rows train, or are more than a chunk."""
+    tokens, vocab, labels = labels.shape[0], layer.weight.shape[0], labels.contiguous()
+    if not 0 < _count_trained(labels, vocab, options) == tokens <= _most_tokens(vocab, chunk_tokens):
+        return None
+    layer = layer.in_dtype_of_hidden()
+    gradients = _empty_gradients(layer, wanted)
+    losses = _cpu_run_at_once(
+        layer,
+        wanted,
+        gradients,
+        lambda logits, dlogits: compiled_sum(logits, labels, options, mean, want_stats, dlogits),
+    )
+    return *losses, *gradients
 
 
 def _memory_of_product(weight: Tensor) -> Tensor:
@@ -459,8 +499,12 @@ def _sum(
     if backend != "cpu" or rows is not None:  # it looks at what it projects
         check_label_values(labels, weight.shape[0], checked.ignore_index)
     labels = only_rows(labels, rows, checked.ignore_index)
-    run = implementation("linear_cross_entropy", backend, "run")
     layer = Layer(hidden, weight, bias)
+    if backend == "cpu" and weights is None:
+        at_once = _cpu_sum_at_once(layer, labels, checked, mean, want_stats, wanted, chunk_tokens)
+        if at_once is not None:
+            return at_once
+    run = implementation("linear_cross_entropy", backend, "run")
     losses, gradients = run(layer, labels, rows, checked, want_stats, weights, wanted, chunk_tokens)
     loss = losses.loss
     if weights is None:
@@ -504,25 +548,25 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? ro
 _OPTIONS = "int? chunk_tokens, int ignore_index, float label_smoothing, float z_loss, float softcap, "
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias, str backend"
 
-define(
+_linear_cross_entropy_op = define(
     f"linear_cross_entropy({_INPUTS}{_OPTIONS}bool want_stats, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _tokens,
     _tokens_fake,
 )
-define(
+_linear_cross_entropy_bwd_op = define(
     f"linear_cross_entropy_bwd(Tensor dloss, {_INPUTS}{_OPTIONS}{_WANTED}) -> (Tensor, Tensor, Tensor)",
     _tokens_bwd,
     _tokens_bwd_fake,
 )
-define(
+_linear_cross_entropy_sum_op = define(
     f"linear_cross_entropy_sum({_INPUTS}Tensor? weights, {_OPTIONS}bool mean, bool want_stats, {_WANTED})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sum,
     _sum_fake,
 )
 # hidden and weight are inputs of the backward so that differentiating it again reaches them, and raises.
-define(
+_linear_cross_entropy_sum_bwd_op = define(
     "linear_cross_entropy_sum_bwd(Tensor dtotal, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor hidden,"
     " Tensor weight, str backend) -> (Tensor, Tensor, Tensor)",
     _sum_bwd,
@@ -539,7 +583,7 @@ def _save_tokens(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_tokens(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
     hidden, weight, bias, labels, rows = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    dhidden, dweight, dbias = torch.ops.lemur_fast.linear_cross_entropy_bwd(
+    dhidden, dweight, dbias = _linear_cross_entropy_bwd_op(
         dloss, hidden, weight, bias, labels, rows, *ctx.options, *wanted, ctx.backend
     )
     return (
@@ -560,9 +604,7 @@ def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
     hidden, weight, items, *unscaled = ctx.saved_tensors
     factor = dtotal / items if ctx.mean else dtotal
-    dhidden, dweight, dbias = torch.ops.lemur_fast.linear_cross_entropy_sum_bwd(
-        factor, *unscaled, hidden, weight, ctx.backend
-    )
+    dhidden, dweight, dbias = _linear_cross_entropy_sum_bwd_op(factor, *unscaled, hidden, weight, ctx.backend)
     wanted = ctx.needs_input_grad[:3]
     return (
         dhidden if wanted[0] else None,
@@ -661,10 +703,10 @@ def linear_cross_entropy(
         wants_grad and weight.requires_grad,
         wants_grad and bias is not None and bias.requires_grad,
     )
-    backend = choose("linear_cross_entropy", device, dtype, hidden.numel(), any(wanted))
+    backend = choose("linear_cross_entropy", device, dtype, tokens * width, True in wanted)
     weights_want_grad = wants_grad and weights is not None and weights.requires_grad
     if reduction == "none" or weights_want_grad:
-        loss, *stats = torch.ops.lemur_fast.linear_cross_entropy(
+        loss, *stats = _linear_cross_entropy_op(
             hidden, weight, bias, labels, rows, chunk_tokens, *options, return_stats, backend
         )
         if weights is not None:
@@ -677,7 +719,7 @@ def linear_cross_entropy(
             loss = divide_by_items(loss, num_items, items)
     else:
         mean = reduction == "mean" and num_items is None
-        loss, _, *stats = torch.ops.lemur_fast.linear_cross_entropy_sum(
+        loss, _, *stats = _linear_cross_entropy_sum_op(
             hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, mean, return_stats, *wanted, backend
         )
         if num_items is not None:

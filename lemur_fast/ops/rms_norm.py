@@ -192,13 +192,15 @@ def _rms_norm_bwd_fake(
     return h.new_empty(h.shape), h.new_empty(weight.shape if want_dw else 0, dtype=compute_dtype(h.dtype))
 
 
-define("rms_norm(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)", _rms_norm, _rms_norm_fake)
-define(
+_rms_norm_op = define(
+    "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)", _rms_norm, _rms_norm_fake
+)
+_add_rms_norm_op = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     _add_rms_norm,
     _add_rms_norm_fake,
 )
-define(
+_rms_norm_bwd_op = define(
     "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool want_dw, str backend)"
     " -> (Tensor, Tensor)",
     _rms_norm_bwd,
@@ -224,7 +226,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, want_dw: bool) ->
     h, weight, rstd = ctx.saved_tensors
     if dy is None:  # only h was used
         return dh, None
-    dx, dw = torch.ops.lemur_fast.rms_norm_bwd(dy, dh, h, weight, rstd, want_dw, ctx.backend)
+    dx, dw = _rms_norm_bwd_op(dy, dh, h, weight, rstd, want_dw, ctx.backend)
     return dx, dw.to(weight.dtype) if want_dw else None
 
 
@@ -288,7 +290,7 @@ def rms_norm(
     check_number("eps", eps)
     if residual is None:
         backend = choose("rms_norm", x.device, x.dtype, x.numel(), wants_grad(x, weight), weight_dtype=weight.dtype)
-        y, _ = torch.ops.lemur_fast.rms_norm(x if flat else _rows(x), weight, eps, backend)
+        y, _ = _rms_norm_op(x if flat else _rows(x), weight, eps, backend)
         return y if flat else y.reshape(shape)
     check_shape("residual", residual, shape, "the shape of x")
     # Under autocast the stream is float32 and x comes from a bfloat16 product: their sum is float32, as in torch.
@@ -298,7 +300,7 @@ def rms_norm(
         x, residual = x.to(dtype), residual.to(dtype)
     backend = choose("rms_norm", x.device, dtype, x.numel(), wants_grad(x, weight, residual), weight_dtype=weight.dtype)
     if flat:  # No views where none are needed: FSDP2 warns of layers that return views.
-        y, h, _ = torch.ops.lemur_fast.add_rms_norm(x, residual, weight, eps, backend)
+        y, h, _ = _add_rms_norm_op(x, residual, weight, eps, backend)
         return y, h
-    y, h, _ = torch.ops.lemur_fast.add_rms_norm(_rows(x), _rows(residual), weight, eps, backend)
+    y, h, _ = _add_rms_norm_op(_rows(x), _rows(residual), weight, eps, backend)
     return y.reshape(shape), h.reshape(shape)

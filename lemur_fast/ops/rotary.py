@@ -172,12 +172,12 @@ def _rotary_bwd_fake(
     return dq.new_empty(dq.shape, dtype=dtype), dk.new_empty(dk.shape, dtype=dtype)
 
 
-define(
+_rotary_op = define(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, str backend) -> (Tensor, Tensor)",
     _rotary,
     _rotary_fake,
 )
-define(
+_rotary_bwd_op = define(
     "rotary_bwd(Tensor dq, Tensor dk, Tensor cos, Tensor sin, bool interleaved, ScalarType dtype, str backend)"
     " -> (Tensor, Tensor)",
     _rotary_bwd,
@@ -193,7 +193,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple:
     cos, sin = ctx.saved_tensors
-    dq, dk = torch.ops.lemur_fast.rotary_bwd(dq, dk, cos, sin, ctx.interleaved, ctx.dtype, ctx.backend)
+    dq, dk = _rotary_bwd_op(dq, dk, cos, sin, ctx.interleaved, ctx.dtype, ctx.backend)
     return dq, dk, None, None, None, None
 
 
@@ -244,4 +244,4 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
     check_constant("cos", cos)
     check_constant("sin", sin)
     backend = choose("rotary", q.device, dtype, q.numel(), wants_grad(q, k), table_dtype=table_dtype)
-    return torch.ops.lemur_fast.rotary(q, k, cos, sin, interleaved, backend)
+    return _rotary_op(q, k, cos, sin, interleaved, backend)

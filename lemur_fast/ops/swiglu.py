@@ -131,8 +131,10 @@ def _swiglu_bwd_fake(dy: Tensor, gate: Tensor, up: Tensor, backend: str) -> tupl
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-define("swiglu(Tensor gate, Tensor up, str backend) -> Tensor", _swiglu, _swiglu_fake)
-define("swiglu_bwd(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)", _swiglu_bwd, _swiglu_bwd_fake)
+_swiglu_op = define("swiglu(Tensor gate, Tensor up, str backend) -> Tensor", _swiglu, _swiglu_fake)
+_swiglu_bwd_op = define(
+    "swiglu_bwd(Tensor dy, Tensor gate, Tensor up, str backend) -> (Tensor, Tensor)", _swiglu_bwd, _swiglu_bwd_fake
+)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -141,7 +143,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple:
-    return *torch.ops.lemur_fast.swiglu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
+    return *_swiglu_bwd_op(dy, *ctx.saved_tensors, ctx.backend), None
 
 
 differentiable("swiglu", _backward, _save)
@@ -173,4 +175,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if up.dtype != dtype:
         raise ValueError(f"up: got dtype {up.dtype}; takes {dtype}, the dtype of gate")
     backend = choose("swiglu", gate.device, dtype, gate.numel(), wants_grad(gate, up))
-    return torch.ops.lemur_fast.swiglu(gate, up, backend)
+    return _swiglu_op(gate, up, backend)

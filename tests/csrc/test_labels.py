@@ -23,6 +23,7 @@ def test_trained_rows_are_those_not_ignored_in_order(rows):
     labels[torch.rand(rows) < 0.4] = IGNORED
     assert torch.equal(trained_rows(labels), (labels != IGNORED).nonzero()[:, 0])
     assert trained_rows(torch.full((rows,), IGNORED)).numel() == 0
+    assert C.cpu.trained_rows(labels.data_ptr(), rows, 10, IGNORED, 0) == (labels != IGNORED).sum(), "counted alone"
 
 
 @pytest.mark.parametrize("wrong", [-1, 10, 2**40])
@@ -52,6 +53,34 @@ def test_sum_or_mean_and_number_of_the_trained(rows, count):
     else:
         assert total.written().item() == loss.sum().item()
         assert items.written().isnan()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("count", [False, True])
+def test_one_call_gives_what_cross_entropy_and_the_sum_of_its_losses_give(rows, count):
+    logits, labels = torch.randn(rows, 7), torch.randint(0, 7, (rows,))
+    labels[torch.rand(rows) < 0.3] = IGNORED
+    total, items = Output((1,), torch.float32), Output((1,), torch.float32)
+    lse, gradient = Output((rows,), torch.float32), Output((rows, 7), torch.float32)
+    nothing = {"log_prob": 0, "entropy": 0, "correct": 0}
+    arguments = {"logits": logits.data_ptr(), "logits_stride": 7, "labels": labels.data_ptr(), "rows": rows, "cols": 7}
+    arguments |= {"total": total.data_ptr(), "items": items.data_ptr() if count else 0, "lse": lse.data_ptr()}
+    arguments |= {"dlogits": gradient.data_ptr(), "ignore_index": IGNORED, "dtype": 0, **nothing}
+    C.cpu.cross_entropy_sum(**arguments, label_smoothing=0.0, z_loss=0.0, softcap=0.0)
+    exact = logits.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(exact, labels, ignore_index=IGNORED, reduction="sum")
+    losses.backward()
+    torch.testing.assert_close(gradient.written(), exact.grad.float())
+    torch.testing.assert_close(lse.written(), logits.logsumexp(1).masked_fill(labels == IGNORED, 0.0))
+    trained = max(1, int((labels != IGNORED).sum()))
+    expected = losses.detach().float() / (trained if count else 1)
+    torch.testing.assert_close(total.written()[0], expected)
+    assert not count or items.written().item() == trained
+    if rows:
+        wrong = torch.full((rows,), 7)
+        arguments |= {"labels": wrong.data_ptr(), "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
+        with pytest.raises(ValueError, match="labels: got 7 at position 0"):
+            C.cpu.cross_entropy_sum(**arguments)
 
 
 @pytest.mark.parametrize(

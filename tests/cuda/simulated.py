@@ -147,14 +147,15 @@ def module() -> ModuleType:
 
 
 @functools.cache
-def _modules() -> list[str]:
+def modules() -> list[str]:
+    """The PTX of every source file of ``csrc/cuda`` that has kernels."""
     return [path.read_text() for path in sorted(build().glob("*.ptx"))]
 
 
 @functools.cache
 def alone(entry: str) -> str:
     """The module that has an entry of this mangled name, without its other entries."""
-    module = next(text for text in _modules() if f".entry {entry}(" in text)
+    module = next(text for text in modules() if f".entry {entry}(" in text)
     starts = [m.start() for m in re.finditer(r"^(?:\.visible |\.weak )?\.entry ", module, re.MULTILINE)]
     start = next(at for at in starts if module[at:].split(".entry ", 1)[1].startswith(f"{entry}("))
     length = module[start:].index("\n}\n") + 3

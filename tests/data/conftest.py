@@ -3,7 +3,9 @@ from typing import Any
 
 import pytest
 
-from lemur_fast.data.sources import Source
+from lemur_fast.data.filters import Quality
+from lemur_fast.data.pipeline import Settings
+from lemur_fast.data.sources import Generated, Source
 from lemur_fast.data.tokenizer import load_tokenizer
 
 
@@ -12,7 +14,7 @@ def tokenizer() -> Any:
     return load_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def source() -> Callable[..., Source]:
     """Makes a source of given texts; None stands for a file that cannot be read."""
 
@@ -21,6 +23,16 @@ def source() -> Callable[..., Source]:
             for index, text in enumerate(texts):
                 yield f"{index}.txt", text, "CC0-1.0"
 
-        return Source(name, kind, origin="a test", licence="CC0-1.0", read=read)
+        return Generated(name, kind, origin="a test", licence="CC0-1.0", documents=read)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lenient() -> Callable[..., Settings]:
+    """Settings that drop nothing for its looks: texts of tests are short and plain."""
+
+    def make(**settings: Any) -> Settings:
+        return Settings(quality=Quality.off(), **settings)
 
     return make

@@ -1,23 +1,30 @@
 """From the store to batches, tokens unchanged."""
 
 import math
+from concurrent.futures import wait
 
 import pytest
 import torch
 
+from lemur_fast.data.executors import build_store
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
-from lemur_fast.data.store import build_store
 
 ROW = 128
 
 
-@pytest.fixture
-def store(tmp_path, tokenizer, source):
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tokenizer, source, lenient):
     code = [f"class C{i}:\n" + "".join(f"    a{j} = {i * j}\n" for j in range(i)) for i in range(80)]
     text = [f"Die {i}. Straße: naïve café № {i} 😀" for i in range(80)]
     sources = [source("code", "code", code), source("text", "text", text)]
-    return build_store(tmp_path / "store", sources, tokenizer, held_out=0.3, progress=False)
+    return build_store(
+        tmp_path_factory.mktemp("corpus") / "store",
+        sources,
+        tokenizer,
+        lenient(held_out=0.3, near_duplicates=0),
+        progress=False,
+    )
 
 
 def test_batches_hold_the_documents_tokens(store):
@@ -43,6 +50,31 @@ def test_a_loader_returns_to_its_state(store):
         (rows, batches), (other_rows, other_batches) = next(loaders[0]), next(loaders[1])
         assert rows == other_rows
         assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, other_batches, strict=True))
+
+
+def test_reading_ahead_counts_for_nothing(store):
+    """The state is that of the steps handed out, however far the thread has read."""
+    loader = Loader(store.train, Mixture(store.train, {"code": 3, "text": 1}, ROW, seed=0), rows_per_step=2)
+    alone = Mixture(store.train, {"code": 3, "text": 1}, ROW, seed=0)
+    assert loader.state() == alone.state()
+    for _ in range(40):
+        rows, _ = next(loader)
+        assert rows == [next(alone), next(alone)]
+        assert loader.state() == alone.state()
+
+
+def test_an_error_of_the_reading_thread_is_raised_where_the_step_is_asked_for(store, monkeypatch):
+    loader = Loader(store.train, Mixture(store.train, {"code": 1}, ROW, seed=0), rows_per_step=1)
+    next(loader)
+    wait([loader._ahead])
+
+    def gone(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(store.train, "tokens", gone)
+    next(loader)  # was read before
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loader)
 
 
 @pytest.mark.parametrize("kind", ["code", "text"])

@@ -21,7 +21,8 @@ def documents():
     kinds = np.array(["code"] * 400 + ["text"] * 300, dtype=object)
     lengths = np.concatenate([rng.lognormal(6, 1.2, 400), rng.lognormal(4.5, 1, 300)]).astype(np.int64) + 2
     order = rng.permutation(700)
-    return SimpleNamespace(lengths=lengths[order], kinds=kinds[order])
+    sources = np.where(kinds == "text", "docs", np.where(rng.random(700) < 0.3, "stack", "stdlib")).astype(object)
+    return SimpleNamespace(lengths=lengths[order], kinds=kinds[order], sources=sources[order])
 
 
 def take(mixture, count):
@@ -109,6 +110,39 @@ def test_epochs_are_counted(documents):
     assert mixture.epochs({"text": 2.5 * text})["text"] == pytest.approx(2.5, rel=0.01)
 
 
+def test_epochs_are_counted_by_source(documents):
+    """Against a count of every segment that was given out."""
+    mixture = Mixture(documents, WEIGHTS, ROW, seed=1)
+    counts: Counter = Counter()
+    for rows in range(1, 1200):
+        for segment in next(mixture):
+            counts[documents.sources[segment.document]] += segment.length
+        if rows in (1, 63, 64, 200, 1199):
+            read = mixture.sources_read(json.loads(json.dumps(mixture.state())))
+            assert {source: of["tokens"] for source, of in read.items() if of["tokens"]} == counts
+    for source, of in read.items():
+        assert of["epochs"] == counts[source] / documents.lengths[documents.sources == source].sum()
+    assert min(of["epochs"] for of in read.values()) > 1.2
+
+
+def test_repeating_is_said_aloud(documents, caplog):
+    mixture = Mixture(documents, {"text": 1}, ROW, seed=0)
+    rows = int(mixture.segments["text"].length.sum() // ROW)
+    take(mixture, rows // 2)
+    assert not caplog.records
+    take(mixture, rows)
+    (record,) = caplog.records
+    assert "all of 'text' is drawn; its epoch 2 begins" in record.getMessage()
+
+
+def test_sources_are_weighed_by_name(documents):
+    mixture = Mixture(documents, {"stack": 1, "text": 1}, ROW, seed=0)
+    rows = take(mixture, 300)
+    counts = mixture.tokens(rows)
+    assert counts["stack"] / sum(counts.values()) == pytest.approx(0.5, abs=0.01)
+    assert {documents.sources[segment.document] for row in rows for segment in row} == {"stack", "docs"}
+
+
 def test_a_weight_of_zero_leaves_a_kind_out(documents):
     mixture = Mixture(documents, {"code": 1, "text": 0}, ROW, seed=0)
     assert {mixture.kinds[segment.document] for row in take(mixture, 100) for segment in row} == {"code"}
@@ -120,7 +154,8 @@ def test_a_weight_of_zero_leaves_a_kind_out(documents):
         ({}, "no kind has a weight above 0"),
         ({"code": 0}, "no kind has a weight above 0"),
         ({"code": 1, "text": -1}, "'text' must not be negative, got -1"),
-        ({"code": 1, "prose": 1}, r"asks for 'prose'.*kinds in it: \['code', 'text'\]"),
+        ({"code": 1, "prose": 1}, r"asks for 'prose'.*kinds in it: \['code', 'text'\]; sources: \['docs', 'stack'"),
+        ({"code": 1, "stack": 1}, "documents of 'stack' are weighed as 'code', too"),
     ],
 )
 def test_impossible_mixtures_are_refused(documents, weights, message):

@@ -455,3 +455,32 @@ def test_positions_restart_in_every_document() -> None:
     )
     ours(input_ids=torch.randint(1, VOCAB, (1, 10)), cu_seqlens=bounds)
     assert [positions.flatten().tolist() for positions in seen] == [want]
+
+
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_statistics_of_every_token_are_recorded(return_logits: bool) -> None:
+    """The log-probabilities are those of stock logits, and the loss is the same as without them."""
+    stock, docs, recorded = tiny_llama(), documents(), []
+    ours = copy.deepcopy(stock)
+    accelerate(ours, return_logits=return_logits)
+    batch = PackedBatch.from_documents(docs)
+    loss = ours(**batch.model_inputs(), record_stats=recorded.append).loss
+    assert torch.equal(loss, ours(**batch.model_inputs()).loss)
+    (stats,) = recorded
+    expected = []
+    for doc in docs:
+        log_probs = stock(doc[None]).logits[0].log_softmax(-1).detach()
+        expected += [*(float(log_probs[i, doc[i + 1]]) for i in range(len(doc) - 1)), 0.0]
+    assert_near(stats.log_prob, torch.tensor(expected))
+    torch.testing.assert_close(loss, -stats.log_prob.sum() / batch.num_items)
+
+
+def test_statistics_need_labels_and_a_loss_of_ours() -> None:
+    ours = tiny_llama()
+    with accelerate(ours), pytest.raises(ValueError, match="record_stats: got a value without labels"):
+        ours(documents()[0][None], record_stats=print)
+    with (
+        accelerate(ours, ops=["attention"]),
+        pytest.raises(ValueError, match="record_stats: the losses of lemur_fast give statistics; ops leaves out both"),
+    ):
+        ours(documents()[0][None], labels=documents()[0][None], record_stats=print)

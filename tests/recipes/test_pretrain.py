@@ -140,18 +140,21 @@ def test_repeating_the_data_is_said_aloud(pretrain, tmp_path, tokenizer_and_smal
 
 @pytest.fixture
 def tokenizer_and_small_store(tmp_path):
-    from lemur_fast.data.sources import Source
-    from lemur_fast.data.store import build_store
+    from lemur_fast.data.executors import build_store
+    from lemur_fast.data.filters import Quality
+    from lemur_fast.data.pipeline import Settings
+    from lemur_fast.data.sources import Generated
     from lemur_fast.data.tokenizer import load_tokenizer
 
     def source(kind, count):
         texts = [
             (str(i), f"{kind} number {i}: " + " ".join(map(str, range(i, i + 12))), "CC0-1.0") for i in range(count)
         ]
-        return Source(kind, kind, "a test", "CC0-1.0", lambda: iter(texts))
+        return Generated(kind, kind, "a test", "CC0-1.0", lambda: iter(texts))
 
     sources = [source("code", 60), source("text", 60)]
-    build_store(tmp_path / "store", sources, load_tokenizer(), held_out=0.3, progress=False)
+    settings = Settings(held_out=0.3, quality=Quality.off())
+    build_store(tmp_path / "store", sources, load_tokenizer(), settings, progress=False)
     return tmp_path / "store"
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 from lemur_fast.data.chat.conversation import Conversation, Message, Unfit
 from lemur_fast.data.chat.formats import FORMATS, Record
-from lemur_fast.data.sources import embedded_sources
+from lemur_fast.data.embedded import embedded_sources
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _HUB = "hf://"
@@ -182,15 +182,17 @@ def _alternating(texts: list[str]) -> tuple[Message, ...]:
 
 def _read_python_functions() -> Iterator[Conversation | Unfit]:
     library = next(source for source in embedded_sources() if source.name == "python-stdlib")
-    for document in library.documents():
-        if document is None:
+    for record in (record for part in library.parts() for record in library.read(part)):
+        if record.text is None:
+            yield Unfit("module that cannot be read")
             continue
         try:
-            tree = ast.parse(document.text)
+            tree = ast.parse(record.text)
         except (SyntaxError, ValueError):
+            yield Unfit("module that cannot be read")
             continue
-        module = document.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        lines = document.text.splitlines()
+        module = record.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        lines = record.text.splitlines()
         owners: list[ast.Module | ast.ClassDef] = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]
         for owner in owners:
             for node in owner.body:

@@ -1,6 +1,6 @@
 """The chat store: a token store whose documents are conversations, and which says what of them is trained on.
 
-    sources ─ shape ─ duplicates ─ split ─ ChatML ─ fitted to the row ─ train.arrow, held_out.arrow, manifest.json
+    sources ─ shape ─ duplicates ─ split ─ ChatML ─ fitted to the row ─ train/, held_out/, manifest.json
 
 The files are those of `lemur_fast.data.store`, with one more column, `trained`; mixture and loader read it as they read
 any other. What became of every conversation is counted in the manifest.
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, Overlong, fitted
 from lemur_fast.data.chat.conversation import Conversation, Unfit, checked, opening, text
 from lemur_fast.data.chat.sources import ChatSource
-from lemur_fast.data.store import SPLITS, Split, TokenStore
+from lemur_fast.data.store import SPLITS, Split, TokenStore, token_schema
+from lemur_fast.data.tokenizer import fingerprint
 from lemur_fast.files import staged_folder
 
 _CHUNK = 256  # conversations tokenized at a time
@@ -60,12 +62,15 @@ def build_chat_store(
     encoder = ChatEncoder(tokenizer)
     seen: set[bytes] = set()
     ledger: dict[str, dict[str, Any]] = {}
-    token_type = pa.uint16() if len(tokenizer) <= 2**16 else pa.int32()
-    lists = [("tokens", pa.list_(token_type)), ("trained", pa.list_(pa.bool_()))]
-    schema = pa.schema([*lists, *((label, pa.string()) for label in ("kind", "source", "name", "licence"))])
+    # A byte says whether a token is trained on: bits could not be read without copying them.
+    schema = token_schema(len(tokenizer)).append(pa.field("trained", pa.list_(pa.uint8())))
 
     with staged_folder(folder) as staging:
-        writers = {split: pa.ipc.new_stream(staging / f"{split}.arrow", schema) for split in SPLITS}
+        split: Split
+        writers = {}
+        for split in SPLITS:
+            (staging / split).mkdir()
+            writers[split] = pa.ipc.new_stream(staging / split / "conversations.arrow", schema)
         bar = tqdm(desc="tokenizing", unit=" conversations", leave=False, disable=None)
         for source in sources:
             entry = ledger[source.name] = _new_entry(source)
@@ -75,7 +80,7 @@ def build_chat_store(
                     pieces = fitted(encoded, max_tokens, overlong)
                     _count_overlong(entry, encoded, pieces)
                     place = int.from_bytes(_digest(opening(conversation))[:8], "big") / 2**64
-                    split: Split = "held_out" if place < held_out else "train"
+                    split = "held_out" if place < held_out else "train"
                     for index, piece in enumerate(pieces):
                         name = conversation.name + (f"#{index + 1}" if len(pieces) > 1 else "")
                         rows[split].append((name, piece))
@@ -84,15 +89,16 @@ def build_chat_store(
                         entry[split]["trained"] += int(piece.trained.sum())
                 for split, writer in writers.items():
                     count = len(rows[split])
-                    columns = [
-                        pa.array([piece.ids for _, piece in rows[split]], schema.field("tokens").type),
-                        pa.array([piece.trained for _, piece in rows[split]], schema.field("trained").type),
-                        pa.array([source.name] * count, pa.string()),
-                        pa.array([source.name] * count, pa.string()),
-                        pa.array([name for name, _ in rows[split]], pa.string()),
-                        pa.array([source.licence] * count, pa.string()),
-                    ]
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                    columns = {
+                        "tokens": [piece.ids for _, piece in rows[split]],
+                        "kind": [source.name] * count,
+                        "source": [source.name] * count,
+                        "name": [name for name, _ in rows[split]],
+                        "licence": [source.licence] * count,
+                        "trained": [piece.trained.astype(np.uint8) for _, piece in rows[split]],
+                    }
+                    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
                 bar.update(len(conversations))
             if not entry["train"]["documents"]:
                 found = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
@@ -104,7 +110,11 @@ def build_chat_store(
         for writer in writers.values():
             writer.close()
         manifest = {
-            "tokenizer": {"vocab_size": len(tokenizer), "notice": tokenizer_notice},
+            "tokenizer": {
+                "vocab_size": len(tokenizer),
+                "fingerprint": fingerprint(tokenizer),
+                "notice": tokenizer_notice,
+            },
             "chat": {"max_tokens": max_tokens, "overlong": overlong},
             "held_out": held_out,
             "sources": ledger,

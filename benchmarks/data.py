@@ -1,0 +1,138 @@
+"""The data pipeline: how fast it tokenizes, what it holds in memory, and whether training waits for it.
+
+    python -m benchmarks.data                  # the installed transformers package, then ten copies of it
+
+1. Tokens a second of the stage that tokenizes, on all cores, writing included.
+2. Peak memory of preparing a corpus and another of ten times its size, each in a process of its own. The copies are
+   made different (every long name gets a suffix), so that none is dropped as a duplicate.
+3. Milliseconds that a packed row takes the loader, and the share of a training step that waits for data while a thread
+   reads ahead; the step is a sleep, as long as a row takes a GPU.
+"""
+
+import json
+import multiprocessing
+import re
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import machine, peak_memory, reset_peak_memory
+from lemur_fast.data.executors import run_local
+from lemur_fast.data.filters import Quality
+from lemur_fast.data.loader import Loader
+from lemur_fast.data.mixture import Mixture
+from lemur_fast.data.pipeline import STAGES, Settings, plan
+from lemur_fast.data.sources import Files
+from lemur_fast.data.store import TokenStore
+from lemur_fast.data.tokenizer import load_tokenizer
+
+
+@dataclass
+class Arguments:
+    """Measures the data pipeline."""
+
+    megabytes: int = 10
+    """Size of the smaller corpus; the other has ten times as much."""
+    times: int = 10
+    """How much larger that is."""
+    row_tokens: int = 4096
+    """Tokens of a packed row."""
+    step_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
+    """Lengths of a step of one row."""
+
+
+def write_corpus(folder: Path, megabytes: int, copies: int) -> None:
+    """Files of the transformers package, `megabytes` of them, in so many different copies."""
+    files, size = [], 0
+    for path in sorted(Path(transformers.__file__).parent.rglob("*.py")):
+        files.append(path.read_text())
+        size += len(files[-1])
+        if size > megabytes * 1e6:
+            break
+    for copy in range(copies):
+        (folder / str(copy)).mkdir(parents=True)
+        for number, text in enumerate(files):
+            changed = re.sub(r"(\w{6,})", rf"\1_{copy}", text) if copy else text
+            (folder / str(copy) / f"{number}.py").write_text(changed)
+
+
+def prepare(folder: str, out: str, connection: multiprocessing.connection.Connection) -> None:
+    """Prepare a corpus in this process alone; send seconds of each stage, and memory before and at its peak, in MB."""
+    source = Files("files", "code", "files", "Apache-2.0", (folder,), part_bytes=2**24)
+    settings = Settings(quality=Quality.off())
+    load_tokenizer(plan(out, [source], load_tokenizer(), settings).folder / "tokenizer")
+    corpus = plan(out, [source], load_tokenizer(), settings)
+    reset_peak_memory()
+    before, seconds = peak_memory(), {}
+    for stage in STAGES:
+        started = time.perf_counter()
+        run_local(corpus, workers=1, progress=False, stages=[stage])
+        seconds[stage.name] = time.perf_counter() - started
+    connection.send((seconds, before / 1e6, peak_memory() / 1e6))
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and prints."""
+    console = Console(width=110, highlight=False)
+    console.print(machine())
+    context = multiprocessing.get_context("spawn")
+    table = Table(title="Preparing a corpus, one process (threads tokenize)")
+    for heading in (
+        "documents",
+        "MB of text",
+        "M tokens",
+        "read, s",
+        "tokenize, s",
+        "M tokens/s",
+        "MB before",
+        "MB peak",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for copies in (1, arguments.times):
+            folder, out = Path(scratch) / f"files-{copies}", Path(scratch) / f"corpus-{copies}"
+            write_corpus(folder, arguments.megabytes, copies)
+            receiver, sender = context.Pipe(False)
+            process = context.Process(target=prepare, args=(str(folder), str(out), sender))
+            process.start()
+            seconds, before, peak = receiver.recv()
+            process.join()
+            entry = json.loads((out / "manifest.json").read_text())["sources"]["files"]
+            rate = entry["tokens"] / seconds["tokenize"]
+            cells = (f"{entry['documents']:,}", f"{entry['bytes'] / 1e6:.0f}", f"{entry['tokens'] / 1e6:.1f}")
+            cells += (f"{seconds['read']:.1f}", f"{seconds['tokenize']:.1f}", f"{rate / 1e6:.2f}")
+            table.add_row(*cells, f"{before:.0f}", f"{peak:.0f}")
+        console.print(table)
+        store = TokenStore(out)
+        table = Table(title=f"The loader, rows of {arguments.row_tokens:,} tokens")
+        for heading in ("step, ms", "wait, median ms", "wait, all steps", "share of the time"):
+            table.add_column(heading, justify="right")
+        for step in (0.0, *arguments.step_ms):
+            loader = Loader(store.train, Mixture(store.train, {"code": 1}, arguments.row_tokens, seed=0), 1)
+            waits: list[float] = []
+            steps = 512 if step < 50 else max(20, int(20_000 / step))
+            began = time.perf_counter()
+            for _ in range(steps):
+                asked = time.perf_counter()
+                next(loader)
+                waits.append(time.perf_counter() - asked)
+                time.sleep(step / 1e3)
+            total = time.perf_counter() - began
+            cells = (
+                f"{step:g}",
+                f"{statistics.median(waits) * 1e3:.3f}",
+                f"{sum(waits) * 1e3:.0f} ms of {steps} steps",
+            )
+            table.add_row(*cells, "100%" if not step else f"{sum(waits) / total:.2%}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

@@ -1,0 +1,202 @@
+"""Near duplicates: how fast they are found, how many of them, and how many of those that are none.
+
+    python -m benchmarks.dedup                             # the sources of the installed transformers package
+    python -m benchmarks.dedup --folder ~/src --threshold 0.8
+
+The truth is every pair of documents, compared as Python sets of their 5-word shingles. Held against it: the product's
+stages, from files on disk to the list of what is dropped, and datatrove's MinHash steps (14 bands of 8, their default),
+given the same words, because its own need spaCy. Recall: of the pairs above a similarity, how many have lost one of
+their two documents (what is left of them would be duplicates in the corpus). Precision: of the documents dropped, how
+many are at least as similar as the threshold to one that is kept.
+"""
+
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import transformers
+import tyro
+from datatrove.data import Document
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer
+from loguru import logger
+from rensa import RMinHash
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import machine
+from lemur_fast.data.executors import run_local
+from lemur_fast.data.filters import Quality
+from lemur_fast.data.pipeline import STAGES, Corpus, Settings, plan
+from lemur_fast.data.shingles import shingles, words_of
+from lemur_fast.data.sources import Files
+from lemur_fast.data.tokenizer import load_tokenizer
+
+
+@dataclass
+class Arguments:
+    """Measures the removal of near duplicates."""
+
+    folder: Path = Path(transformers.__file__).parent
+    """Where the documents are; Python files."""
+    threshold: float = 0.7
+    """Jaccard similarity from which on a document is dropped."""
+    workers: int = 2
+    """Processes of the product."""
+
+
+def all_pairs(texts: Sequence[str], least: float) -> dict[tuple[int, int], float]:
+    """Jaccard similarity of every pair (earlier, later) that has at least `least`, by comparing them all."""
+    numbers: dict[tuple[str, ...], int] = {}
+    holders: dict[int, list[int]] = defaultdict(list)
+    sets = []
+    for document, text in enumerate(texts):
+        words = re.findall(r"\w+", text)
+        runs = {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))} if words else set()
+        sets.append([numbers.setdefault(run, len(numbers)) for run in runs])
+        for number in sets[-1]:
+            holders[number].append(document)
+    arrays = {number: np.array(documents) for number, documents in holders.items() if len(documents) > 1}
+    sizes = np.array([len(each) for each in sets])
+    pairs = {}
+    for document, mine in enumerate(sets):
+        shared = [arrays[number] for number in mine if number in arrays]
+        if shared:
+            common = np.bincount(np.concatenate(shared), minlength=len(texts))
+            similarity = common / np.maximum(1, sizes + sizes[document] - common)
+            for earlier in np.flatnonzero(similarity[:document] >= least):
+                pairs[int(earlier), document] = float(similarity[earlier])
+    return pairs
+
+
+def ours(folder: Path, corpus_folder: Path, threshold: float, workers: int) -> tuple[Corpus, float, set[int]]:
+    """Seconds from files to the list of duplicates, and their numbers."""
+    source = Files("files", "code", str(folder), "unknown", (str(folder / "**" / "*.py"),), part_bytes=2**24)
+    settings = Settings(quality=Quality.off(), near_duplicates=threshold)
+    tokenizer = load_tokenizer()
+    started = time.perf_counter()
+    corpus = plan(corpus_folder, [source], tokenizer, settings)
+    names = {"read", "equal", "match", "verify", "resolve"}
+    run_local(corpus, workers, stages=[stage for stage in STAGES if stage.name in names])
+    seconds = time.perf_counter() - started
+    exact = np.load(corpus.work("equal", 0, ".npy"))[:, 0].tolist()
+    near = np.load(corpus.work("resolve", 0, ".npz"))["dropped"][:, 0].tolist()
+    return corpus, seconds, {*exact, *near}
+
+
+class Words(WordTokenizer):
+    """The product's words; datatrove asks for more than it uses here."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        """Words, in order."""
+        return words_of(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        """One sentence."""
+        return [text]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        """One span."""
+        return [(0, len(text))]
+
+
+class SameShingles(MinhashDedupSignature):
+    """datatrove's signatures of the product's shingles."""
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """uint64 [shingles, 1]."""
+        return shingles([text])[0].reshape(-1, 1) >> np.uint64(32)  # below the prime that its products are taken by
+
+
+def datatrove(texts: Sequence[str], folder: Path) -> tuple[float, set[int]]:
+    """Seconds of its three steps in this process, and the documents that its clusters drop."""
+    logger.disable("datatrove")
+    config = MinhashConfig()
+    documents = [Document(text, str(number)) for number, text in enumerate(texts)]
+    started = time.perf_counter()
+    SameShingles(str(folder / "signatures"), config, language=Words()).run(iter(documents))
+    for rank in range(config.num_buckets):
+        MinhashDedupBuckets(str(folder / "signatures"), str(folder / "buckets"), config=config).run(
+            None, rank, config.num_buckets
+        )
+    MinhashDedupCluster(str(folder / "buckets"), str(folder / "remove"), config).run(None)
+    seconds = time.perf_counter() - started
+    return seconds, set(np.fromfile(folder / "remove" / "000000.remove", "<u4").tolist())
+
+
+def signature_rates(texts: Sequence[str]) -> tuple[float, float]:
+    """Million shingles a second that rensa and datatrove make signatures of, one thread for datatrove."""
+    sets = shingles(texts)
+    offsets = np.cumsum([0, *map(len, sets)]).astype(np.uint64)
+    started = time.perf_counter()
+    RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(sets), offsets, 128, 42)
+    rensa = time.perf_counter() - started
+    step = SameShingles(tempfile.mkdtemp(), MinhashConfig(), language=Words())
+    some = sets[:: max(1, len(sets) // 300)]
+    started = time.perf_counter()
+    for each in some:
+        if len(each):
+            step.get_signature(each.reshape(-1, 1) >> np.uint64(32))
+    peer = time.perf_counter() - started
+    return int(offsets[-1]) / rensa / 1e6, sum(map(len, some)) / peer / 1e6
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and prints."""
+    console = Console(width=110, highlight=False)
+    console.print(machine())
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus, seconds, dropped = ours(
+            arguments.folder, Path(scratch) / "ours", arguments.threshold, arguments.workers
+        )
+        texts = [corpus.value("text", document) or "" for document in range(int(corpus.offsets[-1]))]
+        peer_seconds, peer_dropped = datatrove(texts, Path(scratch))
+    started = time.perf_counter()
+    truth = all_pairs(texts, 0.5)
+    console.print(
+        f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} M characters; "
+        f"all pairs took {time.perf_counter() - started:.0f} s"
+    )
+    alike: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for (earlier, later), similarity in truth.items():
+        alike[earlier].append((later, similarity))
+        alike[later].append((earlier, similarity))
+    table = Table()
+    headings = (
+        "",
+        "seconds",
+        "processes",
+        "dropped",
+        "precision",
+        "recall >= 0.9",
+        ">= 0.8",
+        f">= {arguments.threshold}",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    rivals = (("lemur_fast (rensa)", seconds, arguments.workers, dropped), ("datatrove", peer_seconds, 1, peer_dropped))
+    for name, took, processes, gone in rivals:
+        right = sum(
+            any(similarity >= arguments.threshold and other not in gone for other, similarity in alike[document])
+            for document in gone
+        )
+        recalls = []
+        for least in (0.9, 0.8, arguments.threshold):
+            pairs = [pair for pair, similarity in truth.items() if similarity >= least]
+            hit = sum(earlier in gone or later in gone for earlier, later in pairs)
+            recalls.append(f"{hit / max(1, len(pairs)):.4f}")
+        cells = (f"{took:.1f}", str(processes), f"{len(gone):,}", f"{right / max(1, len(gone)):.4f}", *recalls)
+        table.add_row(name, *cells)
+    console.print(table)
+    rensa, peer = signature_rates(texts)
+    console.print(f"signatures alone, M shingles/s: rensa {rensa:.1f} (all cores), datatrove {peer:.2f} (one core)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
