@@ -40,7 +40,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.chat
+	$(BIN)/python -m benchmarks.dedup
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.host_overhead
+	$(BIN)/python -m benchmarks.pretrain
 
 gpu-static: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_static --every-option --out docs/gpu-static.md $(ARGS)

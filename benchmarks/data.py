@@ -2,7 +2,8 @@
 
     python -m benchmarks.data                  # the installed transformers package, then ten copies of it
 
-1. Tokens a second of the stage that tokenizes, on all cores, writing included.
+1. Tokens a second of the stage that tokenizes, on all cores, writing included; and for each second of a core's time,
+   which others at work on the machine disturb less.
 2. Peak memory of preparing a corpus and another of ten times its size, each in a process of its own. The copies are
    made different (every long name gets a suffix), so that none is dropped as a duplicate.
 3. Milliseconds that a packed row takes the loader, and the share of a training step that waits for data while a thread
@@ -64,18 +65,22 @@ def write_corpus(folder: Path, megabytes: int, copies: int) -> None:
 
 
 def prepare(folder: str, out: str, connection: multiprocessing.connection.Connection) -> None:
-    """Prepare a corpus in this process alone; send seconds of each stage, and memory before and at its peak, in MB."""
+    """Prepare a corpus in this process alone.
+
+    Sends seconds of each stage by the clock, and of cores; memory before and at its peak, in MB.
+    """
     source = Files("files", "code", "files", "Apache-2.0", (folder,), part_bytes=2**24)
     settings = Settings(quality=Quality.off())
     load_tokenizer(plan(out, [source], load_tokenizer(), settings).folder / "tokenizer")
     corpus = plan(out, [source], load_tokenizer(), settings)
     reset_peak_memory()
-    before, seconds = peak_memory(), {}
+    before, seconds, cpu = peak_memory(), {}, {}
     for stage in STAGES:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         run_local(corpus, workers=1, progress=False, stages=[stage])
         seconds[stage.name] = time.perf_counter() - started
-    connection.send((seconds, before / 1e6, peak_memory() / 1e6))
+        cpu[stage.name] = time.process_time() - busy
+    connection.send((seconds, cpu, before / 1e6, peak_memory() / 1e6))
 
 
 def main(arguments: Arguments) -> None:
@@ -91,6 +96,7 @@ def main(arguments: Arguments) -> None:
         "read, s",
         "tokenize, s",
         "M tokens/s",
+        "a core",
         "MB before",
         "MB peak",
     ):
@@ -102,12 +108,13 @@ def main(arguments: Arguments) -> None:
             receiver, sender = context.Pipe(False)
             process = context.Process(target=prepare, args=(str(folder), str(out), sender))
             process.start()
-            seconds, before, peak = receiver.recv()
+            seconds, cpu, before, peak = receiver.recv()
             process.join()
             entry = json.loads((out / "manifest.json").read_text())["sources"]["files"]
-            rate = entry["tokens"] / seconds["tokenize"]
+            rates = (entry["tokens"] / spent["tokenize"] / 1e6 for spent in (seconds, cpu))
             cells = (f"{entry['documents']:,}", f"{entry['bytes'] / 1e6:.0f}", f"{entry['tokens'] / 1e6:.1f}")
-            cells += (f"{seconds['read']:.1f}", f"{seconds['tokenize']:.1f}", f"{rate / 1e6:.2f}")
+            cells += (f"{seconds['read']:.1f}", f"{seconds['tokenize']:.1f}")
+            cells += tuple(f"{rate:.2f}" for rate in rates)
             table.add_row(*cells, f"{before:.0f}", f"{peak:.0f}")
         console.print(table)
         store = TokenStore(out)

@@ -68,7 +68,7 @@ from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.loop import Telemetry, tracing
 from lemur_fast.training.lora import lora_config, merge
-from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
+from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
 from lemur_fast.training.optimizer import adamw
 from lemur_fast.training.saving import run_folder, save_model
 from lemur_fast.training.weights import make_model, model_folder
@@ -225,6 +225,7 @@ def check(args: Chat) -> None:
         raise ValueError("--sources and --data: give one of them; --data is tokenized already")
     if args.overwrite and (args.out is None or args.resume != "never"):
         raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
+    tracker_package(args.track)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU here")
 
@@ -332,13 +333,15 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     for kind, epochs in mixture.epochs({k: weight * run_tokens for k, weight in mixture.weights.items()}).items():
         world.print(f"mixture    {kind} {mixture.weights[kind]:.1%} of the tokens, read {epochs:.2f} times")
     checkpoints = Checkpoints(folder / "checkpoints", world, args.keep)
-    settings = {**dataclasses.asdict(args), "documents": store.train.fingerprint(), "base": str(source)}
+    dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
+    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "base": str(source)}
+    settings["documents"] = store.train.fingerprint()
     saved = checkpoints.latest() if resume else None
     if saved is not None:
         check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
     seconds["data"] = time.perf_counter() - started
 
-    dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
     model = make_model(config, source, world, dtype, new_tokens=new_tokens, lora=lora, **options)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -355,9 +358,8 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
         state.load(checkpoints.path(saved["step"]), saved, world)
         progress, skipped = Progress(saved["step"], saved["trained"]), saved["skipped"]
         world.print(f"resume     after step {progress.done}, written by {saved['processes']} process(es)")
-    record |= {"parameters": total_parameters, "trainable_parameters": trainable, "device": str(world.device)}
-    record |= {"dtype": str(dtype).removeprefix("torch."), "processes": world.size, "peak_flops": peak_from}
-    record |= {"python": platform.python_version()}
+    record |= {"parameters": total_parameters, "trainable_parameters": trainable, "peak_flops": peak_from}
+    record["python"] = platform.python_version()
     record |= {module.__name__: module.__version__ for module in (torch, transformers, lf)}
     what = f"{total_parameters:,} parameters in float32" + (f", {trainable:,} of them trained" if lora else "")
     world.print(f"model      {what}, {record['dtype']} compute on {world.device}")
@@ -371,7 +373,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
         log = None
         if world.is_main:
             about = {"project": "lemur_fast", "name": folder.name, "config": settings}
-            log = stack.enter_context(MetricsLog(folder, progress.done if saved else None, args.track, **about))
+            log = stack.enter_context(MetricsLog(folder, progress.done if saved else -1, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
         about = {"source_names": store.train.source_names, "steps": steps, "batch_tokens": args.batch_tokens}
         telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)

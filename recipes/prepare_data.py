@@ -101,7 +101,9 @@ def report(store: TokenStore) -> str:
     """What is in the store, and how far it goes at pretrain.py's mixture."""
     lines = [store.describe()]
     tokens = dict.fromkeys(MIXTURE, 0)
-    for source in store.manifest["sources"].values():
+    for name, source in store.manifest["sources"].items():
+        if not source["train"]["documents"]:
+            lines.append(f"NOTHING    is left of {name} to train on: see why its documents were dropped")
         tokens[source["kind"]] = tokens.get(source["kind"], 0) + source["train"]["tokens"]
     if all(tokens[kind] for kind in MIXTURE):
         rounds = {kind: tokens[kind] / weight for kind, weight in MIXTURE.items()}

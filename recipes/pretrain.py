@@ -60,7 +60,7 @@ from lemur_fast.training.flops import peak_flops
 from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.loop import Telemetry, tracing
-from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
+from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
 from lemur_fast.training.optimizer import adamw
 from lemur_fast.training.plan import plan
 from lemur_fast.training.saving import run_folder, sample, save_model
@@ -233,6 +233,7 @@ def check(args: Pretrain) -> None:
         raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
     if args.overwrite and (args.out is None or args.resume != "never"):
         raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
+    tracker_package(args.track)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU here")
 
@@ -343,13 +344,14 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         repeated = f"; EVERY DOCUMENT IS READ {epochs:.1f} TIMES" if epochs > 1 else ""
         world.print(f"mixture    {kind} {mixture.weights[kind]:.1%} of the tokens, {epochs:.2f} epochs{repeated}")
     checkpoints = Checkpoints(folder / "checkpoints", world, args.keep)
-    settings = {**dataclasses.asdict(args), "documents": store.train.fingerprint()}
+    dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
+    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "documents": store.train.fingerprint()}
     saved = checkpoints.latest() if resume else None
     if saved is not None:
         check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
     seconds["data"] = time.perf_counter() - started
 
-    dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
     model = make_model(config, source, world, dtype, **options)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -365,8 +367,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         state.load(checkpoints.path(saved["step"]), saved, world)
         progress, skipped = Progress(saved["step"], saved["trained"]), saved["skipped"]
         world.print(f"resume     after step {progress.done}, written by {saved['processes']} process(es)")
-    record |= {"parameters": parameters, "device": str(world.device), "dtype": str(dtype).removeprefix("torch.")}
-    record |= {"processes": world.size, "peak_flops": peak_from, "python": platform.python_version()}
+    record |= {"parameters": parameters, "peak_flops": peak_from, "python": platform.python_version()}
     record |= {module.__name__: module.__version__ for module in (torch, transformers, lf)}
     world.print(f"model      {parameters:,} parameters in float32, {record['dtype']} compute on {world.device}")
     world.print(f"processes  {world.size}, each on {peak_from}")
@@ -379,7 +380,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         log = None
         if world.is_main:
             about = {"project": "lemur_fast", "name": folder.name, "config": settings}
-            log = stack.enter_context(MetricsLog(folder, progress.done if saved else None, args.track, **about))
+            log = stack.enter_context(MetricsLog(folder, progress.done if saved else -1, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
         about = {"source_names": store.train.source_names, "steps": args.steps, "batch_tokens": args.batch_tokens}
         telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)

@@ -51,6 +51,8 @@ class Step(PipelineStep):
         for piece in range(rank, len(sizes), world_size):
             if not self.stage.output(self.corpus, piece).exists():
                 self.stage.work(self.corpus, piece, advance)
+                if self.stage.counts_pieces:
+                    advance(1)
         if self.stage.name == STAGES[-1].name:
             clean(self.corpus)
 
@@ -111,6 +113,7 @@ def run_local(
     finally:
         logger.enable("datatrove")
         shutil.rmtree(corpus.folder / "logs", ignore_errors=True)
+    clean(corpus)  # also after a run that was killed between its manifest and this
 
 
 @contextlib.contextmanager
@@ -125,7 +128,7 @@ def _bar(corpus: Corpus, stage: Stage, progress: bool) -> Iterator[None]:
         total=sum(sizes) if all(sizes) else None,
         initial=done,
         unit=stage.unit,
-        unit_scale=stage.unit != " pieces",
+        unit_scale=not stage.counts_pieces,
         leave=False,
         disable=None if progress else True,
     )

@@ -26,7 +26,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ from lemur_fast.files import staged_file, staged_folder, write_json, write_text
 
 _BATCH_BYTES, _BATCH_DOCUMENTS = 4 * 2**20, 1024  # held in memory at a time
 
+_OPEN_PARTS = 4  # mapped into memory at a time
 _EXAMPLES = 12  # pairs of near duplicates that the summary shows
 
 _READ = pa.schema(
@@ -117,14 +118,17 @@ class Corpus:
         return np.cumsum([0, *(count["documents"] for count in counts)])
 
     @functools.cached_property
-    def _tables(self) -> dict[int, pa.Table]:
-        return {}
+    def _tables(self) -> OrderedDict[int, pa.Table]:
+        return OrderedDict()
 
     def table(self, part: int) -> pa.Table:
-        """What the stage `read` made of a part, memory-mapped."""
+        """What the stage `read` made of a part, memory-mapped; a few stay open, so that few pages stay mapped."""
         if part not in self._tables:
             with pa.memory_map(str(self.work("read", part) / "documents.arrow")) as file:
                 self._tables[part] = pa.ipc.open_stream(file).read_all()
+            if len(self._tables) > _OPEN_PARTS:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(part)
         return self._tables[part]
 
     def value(self, column: str, document: int) -> Any:
@@ -511,6 +515,11 @@ class Stage:
     """How much each piece has to do; 1 where pieces are counted, 0 where nobody knows."""
     suffix: str
     unit: str = " pieces"
+
+    @property
+    def counts_pieces(self) -> bool:
+        """Whether its progress is in pieces, not in what it works through."""
+        return self.unit == " pieces"
 
     def output(self, corpus: Corpus, piece: int) -> Path:
         """What is there when a piece is done."""

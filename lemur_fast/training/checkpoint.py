@@ -148,10 +148,10 @@ class Checkpoints:
     def save(self, step: int, state: TrainingState, facts: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint: returns when the state is copied. All processes call it.
 
-        Waits for the checkpoint before it, if that is still being written.
+        Waits for the checkpoint before it, if that is still being written. Between steps, when no gradients are held.
 
         Args:
-            step: optimizer steps done.
+            step: optimizer steps done, at least 1: before the first, an optimizer has no state to save.
             state: what to save.
             facts: more to find in `state.json`; plain JSON.
         """
@@ -163,7 +163,6 @@ class Checkpoints:
         staging = target.with_name(f".{target.name}.partial")
         if self.world.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
         facts = {**facts, "step": step, "processes": self.world.size, "data": state.data.state()}
         writer = _Writer(staging, target, facts, self._forget_old)
         saving = dcp.async_save(
@@ -208,6 +207,9 @@ class Checkpoints:
 
         Damaged ones are renamed to end in `.damaged`, with a message.
         """
+        if self.world.is_main:
+            for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed while it wrote
+                shutil.rmtree(left)
         for step in reversed(self.world.first(self.steps)):
             folder = self.path(step)
             reasons = self.world.everyone(damage(folder, self.world.rank, self.world.size))

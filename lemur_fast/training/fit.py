@@ -118,7 +118,8 @@ def fit(
         progress.outcome = f"stopped after step {progress.done}: {refused}"
     elif stopping:
         progress.outcome = f"stopped by {Interrupted(stopping)} after step {progress.done} of {steps}"
-    save()  # before anything else: this can not be had again
+    if progress.done:
+        save()  # before anything else: this can not be had again
     checkpoints.wait()
     whole = progress.outcome == "finished" and progress.done in checkpoints.steps()
     progress.exit_code = 128 + stopping if stopping else 0 if whole else 1

@@ -17,16 +17,29 @@ from lemur_fast.files import staged_file, write_text
 Tracker = Literal["none", "wandb", "trackio"]
 
 
+def tracker_package(tracker: Tracker) -> Any:
+    """The module of a tracker; None for "none".
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if tracker == "none":
+        return None
+    try:
+        return importlib.import_module(tracker)
+    except ImportError as error:
+        raise ValueError(f"--track {tracker}: not installed; run `pip install {tracker}`") from error
+
+
 class MetricsLog:
     """Appends to `metrics.jsonl`, writes TensorBoard events, and tells a tracker; a context manager."""
 
-    def __init__(self, folder: Path, resumed_at: int | None = None, tracker: Tracker = "none", **run: Any) -> None:
+    def __init__(self, folder: Path, resumed_at: int = -1, tracker: Tracker = "none", **run: Any) -> None:
         """Open the log in `folder`.
 
         Args:
             folder: of the run.
-            resumed_at: step at which an interrupted run goes on; what was logged after it is dropped, because it comes
-                again.
+            resumed_at: step after which a run goes on; what was logged later is dropped, because it comes again.
             tracker: wandb or trackio, whose package must be installed.
             **run: `project`, `name`, `config`: for the tracker.
 
@@ -35,22 +48,16 @@ class MetricsLog:
         """
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, which only recipes need
 
-        self._tracker: Any = None
-        if tracker != "none":
-            try:
-                package = importlib.import_module(tracker)
-            except ImportError as error:
-                raise ValueError(f"--track {tracker}: not installed; run `pip install {tracker}`") from error
-            self._tracker = package
-            package.init(**run)
+        self._tracker = tracker_package(tracker)
+        if self._tracker is not None:
+            self._tracker.init(**run)
         path = folder / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
-        if resumed_at is not None and path.is_file():
+        if path.is_file():
             self.records = [record for record in _records(path) if record["step"] <= resumed_at]
             write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a", encoding="utf-8")
-        purge = None if resumed_at is None else resumed_at + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Record named values of a step; a slash in a name groups it in TensorBoard.

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lemur_fast.data.sources import Source
-from lemur_fast.data.store import build_store
+from lemur_fast.data.executors import build_store
+from lemur_fast.data.pipeline import Settings
+from lemur_fast.data.sources import Generated
 from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.training.interruption import Interruption
 
@@ -58,11 +59,11 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = [(path.name, path.read_text(), "PSF-2.0") for path in sorted(library.glob("[a-e]*.py"))]
     text = [(title, topics[title], "PSF-2.0") for title in sorted(topics)[:40]]
     sources = [
-        Source("library", "code", "a test", "PSF-2.0", lambda: iter(code)),
-        Source("topics", "text", "a test", "PSF-2.0", lambda: iter(text)),
+        Generated("library", "code", "a test", "PSF-2.0", lambda: iter(code)),
+        Generated("topics", "text", "a test", "PSF-2.0", lambda: iter(text)),
     ]
     folder = tmp_path_factory.mktemp("data") / "store"
-    build_store(folder, sources, load_tokenizer(), held_out=0.2, progress=False)
+    build_store(folder, sources, load_tokenizer(), Settings(held_out=0.2), workers=1)
     return folder
 
 

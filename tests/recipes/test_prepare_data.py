@@ -64,6 +64,13 @@ def test_a_corpus_from_folders_and_tables(run, tmp_path, capsys):
     assert "is finished already" in capsys.readouterr().out
 
 
+def test_a_source_of_which_nothing_is_left_is_told(run, tmp_path, capsys):
+    (tmp_path / "dry").mkdir()
+    (tmp_path / "dry" / "a.md").write_text("Too short.")
+    assert run("--text", tmp_path / "notes.jsonl", tmp_path / "dry") == 0
+    assert "NOTHING    is left of dry to train on" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_told_and_the_same_command_continues(run, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "train/00000.arrow")

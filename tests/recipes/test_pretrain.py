@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lemur_fast as lf
 from lemur_fast.data.store import TokenStore
-from lemur_fast.training import distributed, loop
+from lemur_fast.training import distributed, loop, weights
 from lemur_fast.training.interruption import Interruption
 from tests.recipes.conftest import launch, metrics, run
 
@@ -153,7 +152,7 @@ def tokenizer_and_small_store(tmp_path):
         return Generated(kind, kind, "a test", "CC0-1.0", lambda: iter(texts))
 
     sources = [source("code", 60), source("text", 60)]
-    settings = Settings(held_out=0.3, quality=Quality.off())
+    settings = Settings(held_out=0.3, quality=Quality.off(), near_duplicates=0)
     build_store(tmp_path / "store", sources, load_tokenizer(), settings, progress=False)
     return tmp_path / "store"
 
@@ -370,8 +369,8 @@ def test_a_signal_saves_and_leaves(data, tmp_path, signum):
 
 def test_the_recipe_trains_the_accelerated_model(pretrain, data, tmp_path, monkeypatch):
     accelerated = []
-    real = lf.accelerate
-    monkeypatch.setattr(lf, "accelerate", lambda model: accelerated.append(real(model)))
+    real = weights.accelerate
+    monkeypatch.setattr(weights, "accelerate", lambda model: accelerated.append(real(model)))
     assert run(pretrain, "--out", tmp_path / "run", "--data", data, "--steps", 1, "--sample-tokens", 0) == 0
     assert len(accelerated) == 1
 

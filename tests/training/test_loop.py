@@ -40,14 +40,14 @@ def parts(make_model, documents, world):
         for group in groups:
             tag = torch.cat([torch.full((len(documents[i]),), i % 2) for i in group])
             tags.append(torch.nn.functional.pad(tag, (0, 50 - len(tag))))
-        return model, guard, batches, tags
+        items = sum(int(batch.num_items) for batch in batches)  # counted before they go to the device
+        return model, guard, batches, tags, items
 
     return make
 
 
 def figures(parts, world):
-    model, guard, batches, tags = parts
-    items = sum(int(batch.num_items) for batch in batches)
+    model, guard, batches, tags, items = parts
     return train_step(model, guard, batches, tags, world, num_items=items, num_sources=2, clip=0.5)
 
 
