@@ -1,7 +1,7 @@
 r"""Tune a LLaMA for chat, as Lemur-Chat was: ChatML, trained on the answers alone, packed; on one process or many.
 
-    python recipes/chat.py                                      # tunes what `make pretrain` saved; five minutes
-    python recipes/chat.py --preset smollm2-135m                # a model that can already talk
+    python recipes/chat.py                                      # what `make pretrain` saved, else SmolLM2-135M
+    python recipes/chat.py --preset smollm2-135m                # a model that can already talk; fetched, 93 MB
     python recipes/chat.py --show-example                       # a conversation, coloured by what is trained on
     python recipes/chat.py --lora-rank 16                       # adapters only; saved, and merged into model/
     python recipes/chat.py --resume auto                        # go on with the latest run, killed or stopped
@@ -82,8 +82,9 @@ class Chat:
 
     # What, and where to.
     preset: Literal["tiny", "smollm2-135m", "lemur-70b"] = "tiny"
-    """Where the other defaults come from. tiny: the model of the latest run of recipes/pretrain.py. smollm2-135m:
-    SmolLM2-135M-Instruct, fetched as a PyPI wheel. lemur-70b: Lemur's own base model, on GPUs."""
+    """Where the other defaults come from. tiny: the model of the latest run of recipes/pretrain.py, or --model.
+    smollm2-135m, the default where there is neither: SmolLM2-135M-Instruct, fetched as a PyPI wheel. lemur-70b: Lemur's
+    own base model, on GPUs."""
     out: Path | None = None
     """Folder of the run; must be new or empty. Default: runs/chat-PRESET, or -2, -3, ... when that is taken."""
     overwrite: bool = False
@@ -230,18 +231,21 @@ def check(args: Chat) -> None:
         raise ValueError("--device cuda: torch finds no CUDA GPU here")
 
 
+def pretrained() -> list[Path]:
+    """The models that recipes/pretrain.py has saved in runs/, the latest last."""
+    models = [path for path in Path("runs").glob("pretrain-*/model") if (path / "config.json").is_file()]
+    return sorted(models, key=lambda path: path.stat().st_mtime)
+
+
 def base_folder(args: Chat) -> Path:
     """The model to tune: --model, that of the preset, or that of the latest run of recipes/pretrain.py."""
     folder = model_folder(args.model, args.preset)
-    if folder is not None:
-        return folder
-    runs = [path for path in Path("runs").glob("pretrain-*/model") if (path / "config.json").is_file()]
-    if not runs:
+    if folder is None and not pretrained():
         raise FileNotFoundError(
             "there is no model to tune in runs/: run recipes/pretrain.py first (make pretrain), or choose one with "
             "--model DIR or --preset smollm2-135m"
         )
-    return max(runs, key=lambda path: path.stat().st_mtime)
+    return folder or pretrained()[-1]
 
 
 def model_config(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -315,7 +319,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
         lora = lora_config(args.lora_rank, args.lora_alpha, tokens_are_new, config.tie_word_embeddings)
     default, resume = Path("runs") / f"chat-{args.preset}", args.resume == "auto"
     folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
-    world.print(f"run        {folder}, from {source}")
+    world.print(f"run        {folder}: preset {args.preset}, tunes {source}")
     record: dict[str, Any] = {"recipe": "chat", "settings": dataclasses.asdict(args), "base": str(source)}
     if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
         write_json(folder / "run.json", record)
@@ -335,7 +339,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", world, args.keep)
     dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
-    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "base": str(source)}
+    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "model": str(source)}
     settings["documents"] = store.train.fingerprint()
     saved = checkpoints.latest() if resume else None
     if saved is not None:
@@ -468,11 +472,16 @@ def sample(folder: Path, max_tokens: int, seed: int) -> str:
 
 
 def parse(argv: list[str]) -> Chat:
-    """Settings from the command line; `--preset` decides the defaults that `--help` shows."""
+    """Settings from the command line; `--preset` decides the defaults that `--help` shows.
+
+    Without it and without a model of one's own, as in a fresh clone, SmolLM2-135M is tuned.
+    """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=list(PRESETS), default="tiny")
+    peek.add_argument("--preset", choices=list(PRESETS))
+    peek.add_argument("--model")
     try:
-        preset = peek.parse_known_args(argv)[0].preset
+        given = peek.parse_known_args(argv)[0]
+        preset = given.preset or ("tiny" if given.model or pretrained() else "smollm2-135m")
     except SystemExit:
         preset = "tiny"
     return tyro.cli(Chat, args=argv, default=PRESETS[preset], description=__doc__)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ def test_what_cannot_work_is_refused(chat, base, sources, tmp_path, monkeypatch,
 
 def test_there_must_be_a_model_to_tune(chat, sources, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(chat, *sources) == 2
+    assert run(chat, "--preset", "tiny", *sources) == 2
     assert "run recipes/pretrain.py first" in capsys.readouterr().err
 
 
@@ -231,7 +232,16 @@ def test_what_pretraining_saved_last_is_tuned_by_default(chat, base, sources, tm
     (tmp_path / "runs" / "pretrain-tiny").mkdir()
     (tmp_path / "runs" / "pretrain-tiny" / "model").symlink_to(base)
     monkeypatch.chdir(tmp_path)
+    assert chat.parse([]).preset == "tiny"
     assert str(chat.base_folder(chat.parse([]))) == "runs/pretrain-tiny/model"
+
+
+def test_in_a_fresh_clone_smollm2_is_tuned(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "model_folder", lambda model, preset: Path(f"fetched/{preset}"))
+    assert chat.base_folder(chat.parse([])) == Path("fetched/smollm2-135m")
+    assert chat.parse(["--model", "mine"]).preset == "tiny"
+    assert chat.parse(["--preset", "tiny"]).preset == "tiny"
 
 
 def test_epochs_decide_the_steps(chat, base, sources, tuned, tmp_path):
