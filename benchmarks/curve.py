@@ -24,10 +24,11 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 import lemur_fast as lf
 from benchmarks.harness import machine
+from lemur_fast.data.embedded import embedded_sources
+from lemur_fast.data.executors import build_store
 from lemur_fast.data.loader import Loader
 from lemur_fast.data.mixture import Mixture
-from lemur_fast.data.sources import embedded_sources
-from lemur_fast.data.store import TokenStore, build_store
+from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.training.distributed import compute_dtype, process_group, shard
 from lemur_fast.training.optimizer import adamw, clip_gradients

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemur_fast as lf
 from benchmarks.harness import Measurement, in_turns, machine, write_json
-from lemur_fast.data.sources import embedded_sources
+from lemur_fast.data.embedded import embedded_sources
 from lemur_fast.data.tokenizer import encode_documents, load_tokenizer
 
 FLOOR = "matrix products alone"
@@ -76,7 +76,8 @@ def model_config(arguments: Arguments) -> LlamaConfig:
 def real_batch(arguments: Arguments) -> lf.PackedBatch:
     """The best-fit pack of whole documents of the embedded corpus whose number of documents is nearest to the wish."""
     tokenizer = load_tokenizer()
-    texts = [d.text for source in embedded_sources() for d in source.documents() if d is not None]
+    records = (record for source in embedded_sources() for part in source.parts() for record in source.read(part))
+    texts = [record.text for record in records if record.text is not None]
     documents = [torch.from_numpy(ids) for ids in encode_documents(tokenizer, texts)]
     plan = lf.packing.plan([len(ids) for ids in documents], arguments.tokens, overlong="truncate")
     full = [pack for pack in plan if sum(s.length for s in pack) >= 0.98 * arguments.tokens]

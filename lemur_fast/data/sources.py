@@ -98,7 +98,8 @@ class Generated(Source):
     def read(self, part: Part) -> Iterator[Record]:
         """Call the function."""
         for name, text, licence in self.documents():
-            yield Record(name, text, licence, problem="" if text is not None else "unreadable")
+            language = language_of(name) or "" if self.kind == "code" else ""
+            yield Record(name, text, licence, language, problem="" if text is not None else "unreadable")
 
 
 # Folders that hold no work of the project's own: version control, caches, other people's packages, build products.

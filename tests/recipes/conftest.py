@@ -63,7 +63,7 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Generated("topics", "text", "a test", "PSF-2.0", lambda: iter(text)),
     ]
     folder = tmp_path_factory.mktemp("data") / "store"
-    build_store(folder, sources, load_tokenizer(), Settings(held_out=0.2), workers=1)
+    build_store(folder, sources, load_tokenizer(), Settings(held_out=0.2), workers=1, progress=False)
     return folder
 
 
