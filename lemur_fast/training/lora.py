@@ -70,8 +70,8 @@ def merge(config: LlamaConfig, lora: Any, state: Mapping[str, Tensor], folder: P
     Args:
         config: of the model.
         lora: the `LoraConfig`.
-        state: whole weights of the PeftModel. They are merged in place, to hold no second copy: where they are those of a
-            model in memory, as in a single process on a CPU, it is of no more use.
+        state: whole weights of the PeftModel. They are merged in place, to hold no second copy: where they are those of
+            a model in memory, as in a single process on a CPU, it is of no more use.
         folder: new.
 
     Returns:
