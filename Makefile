@@ -7,10 +7,14 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: pretrain test test-all lint bench gpu-static wheel
+.PHONY: pretrain chat test test-all lint bench gpu-static wheel
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py $(ARGS)
+
+# Tunes what pretrain saved; `.venv/bin/python recipes/generate.py` talks to it.
+chat: $(INSTALLED)
+	$(BIN)/python recipes/chat.py $(ARGS)
 
 # Triton's kernels run twice: their machine code, and, in a process of its own, their source in Triton's interpreter.
 # There the tests of the ops go through them, too. ARGS may leave the second run without a test, which is pytest's 5.
@@ -35,6 +39,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.chat
 	$(BIN)/python -m benchmarks.dedup
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.host_overhead

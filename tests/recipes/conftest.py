@@ -21,16 +21,33 @@ MICRO += ["--seq-len", "256", "--batch-tokens", "1024", "--eval-tokens", "1024",
 MICRO += ["--lr", "2e-2", "--sample-tokens", "8", "--dtype", "float32"]
 
 
-@pytest.fixture(scope="session")
-def pretrain() -> Any:
-    """recipes/pretrain.py as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain", RECIPES / "pretrain.py")
+def load(name: str) -> Any:
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def pretrain() -> Any:
+    """recipes/pretrain.py."""
+    return load("pretrain")
+
+
+@pytest.fixture(scope="session")
+def chat() -> Any:
+    """recipes/chat.py."""
+    return load("chat")
+
+
+@pytest.fixture(scope="session")
+def generate() -> Any:
+    """recipes/generate.py."""
+    return load("generate")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lemur_fast.training.distributed import full_state_dict
+from lemur_fast.training.lora import lora_config, merge
 from lemur_fast.training.weights import make_model as make
 from lemur_fast.training.weights import model_folder
 
@@ -49,6 +50,43 @@ def test_weights_of_another_shape_are_refused(make_model, world, tmp_path):
         make(config, tmp_path, world, torch.float32, seed=0)
     with pytest.raises(FileNotFoundError, match=r"has no \*\.safetensors"):
         make(config, tmp_path / "nothing", world, torch.float32, seed=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tokens", "new"), [(99, [96, 97, 98]), (90, [88, 89]), (90, [])])
+def test_a_vocabulary_that_grew_or_shrank(make_model, world, tmp_path, tied, tokens, new):
+    """96 rows become as many as the tokenizer has tokens; those of new tokens are the mean of the others."""
+    stock = make_model(tie_word_embeddings=tied)
+    stock.save_pretrained(tmp_path)
+    config = type(stock.config)(**{**stock.config.to_dict(), "vocab_size": tokens})
+    state = full_state_dict(make(config, tmp_path, world, torch.float32, seed=0, new_tokens=new))
+    old = tokens - len(new)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        before = stock.state_dict()[name]
+        assert torch.equal(state[name][:old], before[:old])
+        torch.testing.assert_close(state[name][old:], before[:old].mean(0).expand(len(new), -1))
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]) == tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_start_as_the_model_and_merge_into_it(make_model, world, tmp_path, tied):
+    stock = make_model(tie_word_embeddings=tied)
+    stock.save_pretrained(tmp_path / "base")
+    lora = lora_config(2, 4, tokens_are_new=False, tied=tied)
+    model = make(stock.config, tmp_path / "base", world, torch.float32, seed=0, lora=lora)
+    ids = torch.arange(40)[None]
+    loss = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, stock(input_ids=ids, labels=ids).loss)
+    loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0).step()
+    adapted = model(input_ids=ids, labels=ids).loss
+    merged = merge(stock.config, lora, full_state_dict(model), tmp_path / "adapter")
+    assert merged.keys() == stock.state_dict().keys()
+    assert abs(adapted - loss) > 1e-3
+    stock.load_state_dict(merged)
+    torch.testing.assert_close(stock(input_ids=ids, labels=ids).loss, adapted, rtol=1e-5, atol=1e-5)
 
 
 def test_random_weights_are_those_of_the_seed(make_model, world):

@@ -1,0 +1,194 @@
+"""The chat store: a token store whose documents are conversations, and which says what of them is trained on.
+
+    sources ─ shape ─ duplicates ─ split ─ ChatML ─ fitted to the row ─ train/, held_out/, manifest.json
+
+The files are those of `lemur_fast.data.store`, with one more column, `trained`; mixture and loader read it as they read
+any other. What became of every conversation is counted in the manifest.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, Overlong, fitted
+from lemur_fast.data.chat.conversation import Conversation, Unfit, checked, opening, text
+from lemur_fast.data.chat.sources import ChatSource
+from lemur_fast.data.store import SPLITS, Split, TokenStore, token_schema
+from lemur_fast.data.tokenizer import fingerprint
+from lemur_fast.files import staged_folder
+
+_CHUNK = 256  # conversations tokenized at a time
+
+
+def build_chat_store(
+    folder: str | Path,
+    sources: Sequence[ChatSource],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    *,
+    overlong: Overlong = "split",
+    held_out: float = 0.05,
+    tokenizer_notice: str = "",
+) -> TokenStore:
+    """Read, check, deduplicate, split and tokenize the conversations of `sources` into a new store at `folder`.
+
+    Args:
+        folder: the store to make; it appears only when it is whole.
+        sources: read one after another; a conversation of an earlier one wins over its copy in a later one.
+        tokenizer: one that `add_chat_tokens` has prepared.
+        max_tokens: most tokens of a document, the length of a packed row.
+        overlong: what becomes of longer conversations; see `chatml.fitted`.
+        held_out: share of the conversations to set apart for evaluation, in [0, 1); those with the same first message
+            stay together.
+        tokenizer_notice: origin and licence of the tokenizer, for the manifest.
+
+    Raises:
+        ValueError: a source gives nothing to train on (its reasons are named), two have the same name, or `held_out` is
+            out of range.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be in [0, 1), got {held_out}")
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two sources have the same name: {', '.join(names)}; NAME=FORMAT:WHERE gives them their own")
+    encoder = ChatEncoder(tokenizer)
+    seen: set[bytes] = set()
+    ledger: dict[str, dict[str, Any]] = {}
+    # A byte says whether a token is trained on: bits could not be read without copying them.
+    schema = token_schema(len(tokenizer)).append(pa.field("trained", pa.list_(pa.uint8())))
+
+    with staged_folder(folder) as staging:
+        split: Split
+        writers = {}
+        for split in SPLITS:
+            (staging / split).mkdir()
+            writers[split] = pa.ipc.new_stream(staging / split / "conversations.arrow", schema)
+        bar = tqdm(desc="tokenizing", unit=" conversations", leave=False, disable=None)
+        for source in sources:
+            entry = ledger[source.name] = _new_entry(source)
+            for conversations in _chunks(_kept(source, seen, entry)):
+                rows: dict[Split, list[tuple[str, Encoded]]] = {split: [] for split in SPLITS}
+                for conversation, encoded in zip(conversations, encoder(conversations), strict=True):
+                    pieces = fitted(encoded, max_tokens, overlong)
+                    _count_overlong(entry, encoded, pieces)
+                    place = int.from_bytes(_digest(opening(conversation))[:8], "big") / 2**64
+                    split = "held_out" if place < held_out else "train"
+                    for index, piece in enumerate(pieces):
+                        name = conversation.name + (f"#{index + 1}" if len(pieces) > 1 else "")
+                        rows[split].append((name, piece))
+                        entry[split]["documents"] += 1
+                        entry[split]["tokens"] += len(piece)
+                        entry[split]["trained"] += int(piece.trained.sum())
+                for split, writer in writers.items():
+                    count = len(rows[split])
+                    columns = {
+                        "tokens": [piece.ids for _, piece in rows[split]],
+                        "kind": [source.name] * count,
+                        "source": [source.name] * count,
+                        "name": [name for name, _ in rows[split]],
+                        "licence": [source.licence] * count,
+                        "trained": [piece.trained.astype(np.uint8) for _, piece in rows[split]],
+                    }
+                    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
+                bar.update(len(conversations))
+            if not entry["train"]["documents"]:
+                found = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items())
+                raise ValueError(
+                    f"source {source.name!r} gives nothing to train on: {entry['conversations']} conversations, "
+                    f"dropped: {found or 'none'}; over-long: {entry['overlong']}, held out: {entry['held_out']}"
+                )
+        bar.close()
+        for writer in writers.values():
+            writer.close()
+        manifest = {
+            "tokenizer": {
+                "vocab_size": len(tokenizer),
+                "fingerprint": fingerprint(tokenizer),
+                "notice": tokenizer_notice,
+            },
+            "chat": {"max_tokens": max_tokens, "overlong": overlong},
+            "held_out": held_out,
+            "sources": ledger,
+        }
+        (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return TokenStore(folder)
+
+
+def _new_entry(source: ChatSource) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": source.name, "origin": source.origin, "licence": source.licence}
+    entry |= {"conversations": 0, "dropped": Counter()}
+    entry["overlong"] = {"conversations": 0, "pieces": 0, "trained_tokens_lost": 0}
+    return entry | {split: {"documents": 0, "tokens": 0, "trained": 0} for split in SPLITS}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _kept(source: ChatSource, seen: set[bytes], entry: dict[str, Any]) -> Iterator[Conversation]:
+    """What is fit to train on and no copy; the rest is counted."""
+    for item in source.read():
+        entry["conversations"] += 1
+        try:
+            conversation = checked(item)
+            digest = _digest(text(conversation))
+            if digest in seen:
+                raise Unfit("exact duplicate")
+            seen.add(digest)
+        except Unfit as unfit:
+            entry["dropped"][str(unfit)] += 1
+            continue
+        yield conversation
+
+
+def _chunks(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    chunk: list[Conversation] = []
+    for conversation in conversations:
+        chunk.append(conversation)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _count_overlong(entry: dict[str, Any], encoded: Encoded, pieces: list[Encoded]) -> None:
+    if pieces and pieces[0] is encoded:
+        return
+    counts = entry["overlong"]
+    counts["conversations"] += 1
+    counts["pieces"] += len(pieces)
+    counts["trained_tokens_lost"] += int(encoded.trained.sum()) - sum(int(piece.trained.sum()) for piece in pieces)
+    if not pieces:
+        entry["dropped"]["over-long, nothing left"] += 1
+
+
+def describe(store: TokenStore) -> str:
+    """Sources with origin, licence, what is kept, what was dropped and why: a few lines for people."""
+    chat = store.manifest["chat"]
+    lines = [f"tokenizer  {store.manifest['tokenizer']['notice']}"]
+    for name, source in store.manifest["sources"].items():
+        train, held_out = (source[split] for split in SPLITS)
+        over = source["overlong"]
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items()) or "none"
+        lines += [
+            f"data       {name}: {source['origin']}; licence: {source['licence']}",
+            f"           {source['conversations']:,} conversations, dropped: {dropped}",
+            f"           {train['tokens']:,} tokens to train with, {train['trained']:,} of them trained on "
+            f"({train['trained'] / max(1, train['tokens']):.0%}); held out: {held_out['documents']:,} conversations",
+        ]
+        if over["conversations"]:
+            lines.append(
+                f"           over-long: {over['conversations']:,} with more than {chat['max_tokens']:,} tokens "
+                f"({chat['overlong']}): {over['pieces']:,} pieces, {over['trained_tokens_lost']:,} trained tokens lost"
+            )
+    return "\n".join(lines)

