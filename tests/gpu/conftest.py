@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.conftest import INTERPRETING
 
 if INTERPRETING:
     collect_ignore_glob = ["test_*.py"]  # there tests/ops runs Triton's kernels
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for where algorithms are deterministic
 
 OPTIONAL = ("cuda", "varlen", "flash_attn")
 """Backends that a machine may lack, or that serve some calls alone. Any other that refuses is a failure."""

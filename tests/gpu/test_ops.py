@@ -75,7 +75,7 @@ def cross_entropy(tokens: int, vocab: int) -> Call:
 
 
 def linear_cross_entropy(tokens: int, width: int, vocab: int) -> Call:
-    weight = torch.randn(vocab, width) / 3
+    weight = torch.randn(vocab, width) / width**0.5
     inputs = {"hidden": torch.randn(tokens, width), "weight": weight, "labels": _labels(tokens, vocab)}
     plain = lambda hidden, weight, labels: _loss(functional.linear(hidden, weight), labels)  # noqa: E731
     ours = functools.partial(lf.ops.linear_cross_entropy, chunk_tokens=max(1, tokens // 3))
