@@ -1,13 +1,15 @@
 """One command for a machine with a GPU and no network: builds, tests, tunes, measures, and writes gpu-report.md.
 
-    make gpu-check                            # under ten minutes on an H100; PYTHON=... is the Python that has torch
+    make gpu-check                            # ten minutes at most; PYTHON=... is the Python that has torch
     make gpu-check DEVICE=cpu                 # the same program on small shapes, to try it where there is no GPU
     python -m benchmarks.gpu_check --only tests train --again
 
 Each section runs in a process of its own, with a time limit, and writes a log: what fails, hangs or runs out of memory
-loses no other. A section that ended well is not run again for the same commit, device and versions (``--again`` does),
-so the command goes on where it was stopped. The report and `report.json` are written anew after every section, and the
-rows of the benchmarks lie beside them, for `python -m benchmarks.report --results gpu-check`.
+loses no other. On a GPU they have ten minutes together, and the compiled part is built for that GPU alone, unless
+LEMUR_FAST_CUDA_ARCHS says otherwise. A section that ended well is not run again for the same commit, device and
+versions (``--again`` does), so the command goes on where it was stopped, or where its time ended. The report and
+`report.json` are written anew after every section, and the rows of the benchmarks lie beside them, for
+`python -m benchmarks.report --results gpu-check`.
 
 Only what every installation of lemur_fast has is needed, and pytest and rich; peers take part where they are installed.
 """
@@ -18,6 +20,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import signal
@@ -32,6 +35,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+MINUTES = 10
+"""For all sections of a run on a GPU."""
+LEAST = 15.0
+"""Seconds; with less left, a section is not begun."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the check.
@@ -42,6 +51,7 @@ class Section:
         command: of a device, what to run; after ``python``.
         seconds: limit on a GPU, and twice that on a CPU.
         rows: the name of its file of rows, where it writes one.
+        on_cpu: whether it means anything on a CPU.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Section:
     command: Callable[[str], list[str]]
     seconds: int
     rows: str = ""
+    on_cpu: bool = True
 
 
 def _program(module: str, on_gpu: dict[str, Any], on_cpu: dict[str, Any]) -> Callable[[str], list[str]]:
@@ -91,7 +102,6 @@ SECTIONS = (
         _tests_of("-k", "not sanitizer"),
         240,
     ),
-    Section("sanitizer", "The kernels under compute-sanitizer", _tests_of("-k", "sanitizer"), 120),
     Section(
         "tune", "Which backend and which tiles are the fastest here; the sections below use what it finds", _tune, 150
     ),
@@ -103,7 +113,7 @@ SECTIONS = (
             {"model": "llama-2-7b", "batch": "drawn", "rounds": 8, "only": ["HF", "lemur_fast"]},
             {"batch": "drawn", "tokens": 128, "width": 64, "layers": 1, "rounds": 2, "only": ["HF sdpa", "lemur_fast"]},
         ),
-        180,
+        240,
         "train_step",
     ),
     Section(
@@ -139,6 +149,7 @@ SECTIONS = (
         90,
         "scaling",
     ),
+    Section("sanitizer", "The kernels under compute-sanitizer", _tests_of("-k", "sanitizer"), 120, on_cpu=False),
 )
 
 
@@ -167,16 +178,21 @@ def fingerprint(device: str) -> str:
     return known
 
 
-def run_section(section: Section, device: str, out: Path) -> tuple[str, float, str]:
-    """(state, seconds, end of what it printed); all of it goes into its log."""
+def run_section(section: Section, device: str, out: Path, left: float) -> tuple[str, float, str]:
+    """(state, seconds, end of what it printed); all of it goes into its log. `left` is the time of the whole run."""
     command = section.command(device)
     if section.rows:
         command = [*command, str(out / f"{section.rows}.jsonl")]
     log = out / f"{section.name}.log"
-    limit = section.seconds * (1 if device == "cuda" else 2)
+    limit = min(section.seconds * (1 if device == "cuda" else 2), left)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     # What is tuned stays in the folder of the check: the user's own tables are left alone.
     environment |= {"XDG_CACHE_HOME": str(out / "cache")}
+    if device == "cuda":
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        environment = {"LEMUR_FAST_CUDA_ARCHS": f"{major}{minor}"} | environment
     environment |= {"COLUMNS": "160", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     with log.open("w") as stream:
@@ -193,7 +209,7 @@ def run_section(section: Section, device: str, out: Path) -> tuple[str, float, s
             code = process.wait(limit)
             state = "done" if code == 0 else f"failed (exit status {code})"
         except subprocess.TimeoutExpired:
-            state = f"timed out after {limit} s"
+            state = f"timed out after {limit:.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -281,13 +297,19 @@ def main(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     known, began = load(out), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     current = fingerprint(arguments.device)
-    outcomes = [known.get(section.name, Outcome(section.name)) for section in SECTIONS]
+    sections = [section for section in SECTIONS if section.on_cpu or arguments.device == "cuda"]
+    outcomes = [known.get(section.name, Outcome(section.name)) for section in sections]
     outcomes = [o if o.fingerprint == current else Outcome(o.name) for o in outcomes]
-    for number, section in enumerate(SECTIONS):
+    end = time.monotonic() + (60 * MINUTES if arguments.device == "cuda" else math.inf)
+    for number, section in enumerate(sections):
         if section.name not in arguments.only or (outcomes[number].state == "done" and not arguments.again):
             continue
+        left = end - time.monotonic()
+        if left < LEAST:
+            print(f"{section.name}: not begun, for the {MINUTES} minutes are over; the same command goes on with it")
+            continue
         print(f"{section.name}: {section.about} ...", flush=True)
-        state, seconds, tail = run_section(section, arguments.device, out)
+        state, seconds, tail = run_section(section, arguments.device, out, left)
         outcomes[number] = Outcome(section.name, state, round(seconds, 1), current, tail)
         print(f"{section.name}: {state}, {seconds:.0f} s; {out / section.name}.log", flush=True)
         write(out, arguments.device, outcomes, began)

@@ -67,6 +67,14 @@ def test_only_what_did_not_end_well_is_run_again(check, tmp_path, monkeypatch, c
     assert "fine: ends well" in capsys.readouterr().out
 
 
+def test_what_does_not_fit_the_time_is_left_for_the_next_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "SECTIONS", SECTIONS[:1])
+    state, seconds, tail = gpu_check.run_section(SECTIONS[2], "cpu", tmp_path, 0.5)
+    assert state.startswith("timed out")
+    assert seconds < 30
+    assert tail in ("", "started")
+
+
 def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_check.main(gpu_check.arguments_of([])) == 2
