@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -496,7 +497,9 @@ def main(arguments: Arguments) -> None:
     if arguments.readme:
         picture = arguments.out.with_suffix("") / "headline.png"
         plot_headline(picture, [line for line in lines if line["benchmark"] == "train_step"])
-        write_headline(arguments.readme, headline(lines, picture.as_posix()))
+        write_headline(
+            arguments.readme, headline(lines, Path(os.path.relpath(picture, arguments.readme.parent)).as_posix())
+        )
         print(f"headline -> {arguments.readme}, {picture}")
 
 

@@ -152,6 +152,7 @@ def test_the_headline_goes_between_the_marks_and_leaves_a_gpu_empty(tmp_path):
         assert text.endswith("after\n")
         assert "| **lemur_fast** | 9 | 3.00 |  |  |  |  |  |" in text
         assert "GPU: not measured yet; `make gpu-check`" in text
+    assert "](docs/benchmarks/headline.png)" in text
     assert (tmp_path / "docs" / "benchmarks" / "headline.png").exists()
 
 
