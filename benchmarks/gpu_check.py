@@ -300,6 +300,7 @@ def main(arguments: argparse.Namespace) -> int:
     sections = [section for section in SECTIONS if section.on_cpu or arguments.device == "cuda"]
     outcomes = [known.get(section.name, Outcome(section.name)) for section in sections]
     outcomes = [o if o.fingerprint == current else Outcome(o.name) for o in outcomes]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's processes end with this one
     end = time.monotonic() + (60 * MINUTES if arguments.device == "cuda" else math.inf)
     for number, section in enumerate(sections):
         if section.name not in arguments.only or (outcomes[number].state == "done" and not arguments.again):
