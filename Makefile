@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: pretrain chat test test-all lint bench gpu-static wheel
+.PHONY: pretrain chat test test-all test-oldest lint bench bench-compare gpu-check gpu-static wheel
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py $(ARGS)
@@ -24,9 +24,21 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 	$(INTERPRETED) $(ARGS) || [ $$? -eq 5 ]
 
-test-all: lint
-	$(BIN)/python -m pytest -m "" $(ARGS)
-	$(INTERPRETED) -m "" $(ARGS) || [ $$? -eq 5 ]
+test-all: lint test-oldest
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(INTERPRETED) -m "not gpu" $(ARGS) || [ $$? -eq 5 ]
+
+# The oldest versions that pyproject.toml allows, in an environment of their own (5 GB); .venv has the newest.
+OLDEST := torch==2.10.* triton==3.6.* transformers==5.10.*
+OLDEST_BIN := .venv-oldest/bin
+
+test-oldest: .venv-oldest/.installed
+	$(OLDEST_BIN)/python -m pytest tests/ops tests/llama tests/packing tests/gpu tests/test_dispatch.py $(ARGS)
+
+.venv-oldest/.installed: $(INSTALLED)
+	test -x $(OLDEST_BIN)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST_BIN)/python -m pip install $(OLDEST) --editable '.[recipes,dev]'
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,16 +46,29 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
+# Each writes its rows for the report. A benchmark that fails, or misses its bar, does not keep the others from running.
+BENCHMARKS := "train_step --rounds 3" "attention --steps 5" "ops --seconds 12" "packing --documents 200000" scaling \
+	host_overhead
+
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.train_step
-	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.ops
-	$(BIN)/python -m benchmarks.packing
-	$(BIN)/python -m benchmarks.chat
-	$(BIN)/python -m benchmarks.dedup
-	$(BIN)/python -m benchmarks.data
-	$(BIN)/python -m benchmarks.host_overhead
-	$(BIN)/python -m benchmarks.pretrain
+	mkdir -p runs/bench
+	@failed=; for run in $(BENCHMARKS); do \
+	  set -- $$run; \
+	  echo "$(BIN)/python -m benchmarks.$$* --json runs/bench/$$1.jsonl"; \
+	  $(BIN)/python -m benchmarks.$$* --json runs/bench/$$1.jsonl || failed="$$failed $$1"; \
+	done; \
+	$(BIN)/python -m benchmarks.report --out runs/bench/benchmarks.md; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+# The working tree against another commit: make bench-compare BASE=HEAD~1
+bench-compare: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
+
+# On the Python that has torch, without a network and without installing anything. DEVICE=cpu tries the program itself.
+DEVICE ?= cuda
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --device $(DEVICE) $(ARGS)
 
 gpu-static: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_static --every-option --out docs/gpu-static.md $(ARGS)

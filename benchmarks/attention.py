@@ -1,32 +1,38 @@
-"""Attention over packed documents whose lengths change at every step: forward and backward, in turns.
+"""Attention over packed documents, forward and backward, side by side, over patterns of lengths.
 
-    python -m benchmarks.attention                      # bfloat16, 4096 tokens, 8 heads of 64, about two minutes
+    python -m benchmarks.attention                      # bfloat16, 4096 tokens, 8 heads of 64, three minutes
+    python -m benchmarks.attention --device cuda --tokens 16384 --heads 32 --kv-heads 32 --head-dim 128
 
-Rivals, on the same tensors: lemur_fast; torch's scaled_dot_product_attention a document at a time; the same over the
-whole row with a mask [T, T], as stock Hugging Face does. "fresh" draws new lengths for every step, as training does;
-"repeated" runs the same lengths again. Output and gradients of each are checked against lemur_fast's reference before
-any is timed.
+Rivals are those of `benchmarks.peers`, on the same tensors; one that cannot run is named with its reason. "fresh" draws
+new lengths for every step, as training does; "repeated" runs the same lengths again. What a rival prepares once a batch
+for all layers (a mask, the longest length) is not timed. The FLOPs counted are those of the pairs that the causal mask
+leaves inside documents, 4 D a pair and head forward and 2.5 times that backward, and their rate is shown as a share
+of a large matrix product's. Output and gradients of each are checked against float64, on the pattern itself, before
+it is timed: a wrong one prints no time.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-import lemur_fast as lf
-from benchmarks.harness import machine
+from benchmarks import peers
+from benchmarks.harness import Row, command_line, machine, matrix_peak, phases_in_turns, write_rows
+from benchmarks.peers import Documents, forward_only
+
+OURS, PEER = "lemur_fast", "a document at a time"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.005}
+"""Relative error of a whole tensor."""
+MASKED_AT_MOST = 16384
+"""Tokens; a mask [T, T] of more is more than anyone would hold."""
 
 
 @dataclass
@@ -41,14 +47,22 @@ class Arguments:
     """Key heads; must divide the query heads."""
     head_dim: int = 64
     """Dimensions of a head."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of queries, keys and values."""
+    device: str = "cpu"
+    """Where: cpu or cuda."""
     steps: int = 7
     """Timed steps of each rival."""
+    seconds: float = 20.0
+    """Budget for one pattern: where all rivals take longer there are fewer steps, but at least three."""
+    only: tuple[str, ...] = ()
+    """Parts of the names of the rivals to run, beside lemur_fast; all by default."""
+    json: Path | None = None
+    """Also write a JSON line for each rival, pattern and direction."""
 
 
 def uniform(tokens: int, generator: torch.Generator) -> list[int]:
-    """About 16 documents of similar lengths."""
+    """Documents of similar lengths, about 250 tokens."""
     return _filled(tokens, lambda: int(torch.randint(200, 313, (), generator=generator)))
 
 
@@ -75,77 +89,190 @@ def _filled(tokens: int, draw: Callable[[], int]) -> list[int]:
     return lengths
 
 
-def a_document_at_a_time(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Runs torch's attention on each document alone, at its exact length."""
-    outs = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        heads_first = [x[None, start:end].transpose(1, 2) for x in (q, k, v)]
-        outs.append(scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-    return torch.cat(outs)
+PATTERNS = (uniform, long_tail, one_giant, many_tiny)
+
+# ---- correctness -----------------------------------------------------------------------------------------------------
 
 
-def whole_row_masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Runs torch's attention over the whole row with a block-diagonal mask."""
-    place = torch.arange(q.shape[0])
-    document = torch.bucketize(place, cu_seqlens[1:], right=True)
-    mask = (document[:, None] == document[None]) & (place[:, None] >= place[None])
-    heads_first = [x[None].transpose(1, 2) for x in (q, k, v)]
-    return scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+def exact(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Output and gradients in float64 for a gradient of ones: softmax over each document, written out by hand.
+
+    One head at a time: the scores of a long document, of all heads, are more than a GPU holds.
+    """
+    q, k, v = (x.detach().double() for x in (q, k, v))
+    out, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    first = 0
+    for length in lengths:
+        rows = slice(first, first + length)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        for head in range(q.shape[1]):
+            shared = head * k.shape[1] // q.shape[1]
+            here = [x[rows, h].clone().requires_grad_() for x, h in ((q, head), (k, shared), (v, shared))]
+            scores = here[0] @ here[1].T * q.shape[-1] ** -0.5
+            result = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ here[2]
+            gradients = torch.autograd.grad(result.sum(), here)
+            out[rows, head], dq[rows, head] = result.detach(), gradients[0]
+            dk[rows, shared] += gradients[1]
+            dv[rows, shared] += gradients[2]
+        first += length
+    return [out, dq, dk, dv]
 
 
-RIVALS: dict[str, Callable] = {
-    "lemur_fast": lf.ops.attention,
-    "a document at a time": a_document_at_a_time,
-    "whole row, masked": whole_row_masked,
-}
+def check(function: Callable, inputs: list[Tensor], right: list[Tensor], dtype: str, backward: bool = True) -> str:
+    """What is wrong with a rival; nothing when it is right."""
+    try:
+        out = function(*(inputs if backward else [x.detach() for x in inputs]))
+        got = [out.detach(), *(torch.autograd.grad(out, inputs, torch.ones_like(out)) if backward else ())]
+    except Exception as error:  # whatever a rival fails by, the others are measured
+        return peers.failure(error)
+    for what, a, b in zip(("out", "dq", "dk", "dv"), got, right, strict=False):
+        error = float((a.double() - b).norm() / b.norm())
+        if not error < TOLERANCE[dtype]:
+            return f"wrong: relative error of {what} is {error:.1e}"
+    return ""
 
 
-def forward_backward(rival: Callable, inputs: list[Tensor], cu_seqlens: Tensor) -> list[Tensor]:
-    """Output and gradients, for an incoming gradient of ones."""
-    out = rival(*inputs, cu_seqlens)
-    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+# ---- a pattern -------------------------------------------------------------------------------------------------------
 
 
-def check(name: str, got: list[Tensor], exact: list[Tensor]) -> None:
-    """Stops the benchmark when a rival is wrong: its time would mean nothing."""
-    for what, a, b in zip(("out", "dq", "dk", "dv"), got, exact, strict=True):
-        error = float((a.float() - b.float()).norm() / b.float().norm())
-        if not error < 0.02:
-            raise SystemExit(f"{name}: relative error of {what} is {error:.3g}; nothing was timed")
+@dataclass
+class Batches:
+    """Attention of every rival over the documents of the step, prepared before the step is timed.
+
+    Attributes:
+        draw: lengths of the next step.
+        device: where.
+        fresh: whether lengths change at every step.
+    """
+
+    draw: Callable[[], list[int]]
+    device: torch.device
+    fresh: bool
+    documents: list[Documents] = field(default_factory=list)
+    _current: dict[str, Callable] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def next(self) -> dict[str, Callable]:
+        """Rival -> its attention over the next documents."""
+        if self.fresh or not self.documents:
+            self.documents.append(Documents.of(self.draw(), self.device))
+            self._current, self.missing = peers.attentions(self.documents[-1])
+        return self._current
 
 
-def main(arguments: Arguments) -> None:
-    """Measures and prints."""
-    console = Console(width=110, highlight=False)
-    console.print(machine())
+def measure(pattern: Callable, fresh: bool, arguments: Arguments, peak: float) -> list[Row]:
+    """Rows of all rivals over one pattern, in every direction; `peak` is the rate of a matrix product."""
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
+    torch.manual_seed(0)
     shapes = [(arguments.tokens, h, arguments.head_dim) for h in (arguments.heads, *[arguments.kv_heads] * 2)]
-    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    table = Table(title=f"attention forward + backward, {arguments.tokens} tokens, {arguments.dtype}, median ms")
-    for heading in ("lengths", "", *RIVALS, "x a document at a time"):
-        table.add_column(heading, justify="left" if heading in ("lengths", "") else "right", no_wrap=True)
-    for pattern in track((uniform, long_tail, one_giant, many_tiny), "measuring", console=console, transient=True):
-        for fresh in (True, False):
-            times: dict[str, list[float]] = {name: [] for name in RIVALS}
-            for step in range(-1, arguments.steps):
-                if fresh or step == -1:
-                    lengths = pattern(arguments.tokens, generator)
-                    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-                for name, rival in RIVALS.items():
-                    start = time.perf_counter()
-                    got = forward_backward(rival, inputs, cu_seqlens)
-                    if step >= 0:
-                        times[name].append(time.perf_counter() - start)
-                        continue
-                    with lf.use_backend("reference"):
-                        check(name, got, forward_backward(lf.ops.attention, inputs, cu_seqlens))
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            ratio = medians["a document at a time"] / medians["lemur_fast"]
-            cells = [f"{1e3 * seconds:.0f}" for seconds in medians.values()]
-            table.add_row(pattern.__name__.replace("_", " "), "fresh" if fresh else "repeated", *cells, f"{ratio:.1f}")
-    console.print(table)
+    inputs = [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
+    batches = Batches(lambda: pattern(arguments.tokens, generator), device, fresh)
+    rivals = batches.next()
+    errors = dict(batches.missing)
+    if arguments.tokens > MASKED_AT_MOST:
+        errors["whole row, masked"] = f"a mask of {arguments.tokens} x {arguments.tokens} was not tried"
+    for name in rivals:
+        if arguments.only and name != OURS and not any(part in name for part in arguments.only):
+            errors.setdefault(name, "not asked for")
+    right = exact(*inputs, batches.documents[-1].lengths)
+    for name, function in rivals.items():
+        if name not in errors:
+            why = check(function, inputs, right, arguments.dtype, not forward_only(name, device))
+            errors |= {name: why} if why else {}
+    del right
+    running = [name for name in rivals if name not in errors]
+    step: dict[str, Callable] = {}
+
+    def run_of(name: str) -> Callable[[Callable[[], None]], None]:
+        backward = not forward_only(name, device)
+        given = inputs if backward else [x.detach() for x in inputs]
+
+        def run(mark: Callable[[], None]) -> None:
+            out = step[name](*given)
+            mark()
+            if backward:
+                torch.autograd.grad(out, inputs, torch.ones_like(out))
+                mark()
+
+        return run
+
+    # A round at a time, for each round has documents of its own.
+    seconds: dict[str, list[list[float]]] = {name: [] for name in running}
+    pairs, spent = [], 0.0
+    for number in range(-2, arguments.steps):
+        step.update(batches.next())
+        timings = phases_in_turns({n: run_of(n) for n in running}, device=device, rounds=1, warmup=0)
+        if number >= 0:
+            pairs.append(batches.documents[-1].pairs)
+            for name, timing in timings.items():
+                seconds[name].append([phase[0] for phase in timing.seconds])
+            spent += sum(sum(rounds[-1]) for rounds in seconds.values())
+            if spent > arguments.seconds and number >= 2:
+                break
+    forward = 4.0 * arguments.head_dim * arguments.heads * sum(pairs) / max(len(pairs), 1)
+    shape = f"{arguments.tokens} x {arguments.heads} x {arguments.head_dim}"
+    if arguments.kv_heads != arguments.heads:
+        shape = f"{arguments.tokens} x ({arguments.heads} + {arguments.kv_heads}) x {arguments.head_dim}"
+    rows = []
+    for place, (direction, flops) in enumerate(
+        (("forward", forward), ("backward", 2.5 * forward), ("both", 3.5 * forward))
+    ):
+        for name in peers.ATTENTION:
+            case = f"{pattern.__name__.replace('_', ' ')}, {'fresh' if fresh else 'repeated'}"
+            row = Row("attention", case, name, shape, direction, arguments.dtype, error=errors.get(name, ""))
+            row.flops, row.peak_flops = flops, peak
+            if name in seconds:
+                if place and forward_only(name, device):
+                    row.error = forward_only(name, device)
+                else:
+                    row.seconds = [sum(phases) if place == 2 else phases[place] for phases in seconds[name]]
+            rows.append(row)
+    return rows
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row], arguments: Arguments) -> Table:
+    """Milliseconds by pattern and direction."""
+    names = [n for n in dict.fromkeys(row.rival for row in rows) if any(r.rival == n and r.median for r in rows)]
+    title = f"attention, {arguments.tokens} tokens, {arguments.heads} heads of {arguments.head_dim}, {arguments.dtype}"
+    result = Table(title=f"{title}: median ms")
+    for heading in ("lengths", "", *names, f"x {PEER}", "share of peak"):
+        result.add_column(heading, justify="left" if heading in ("lengths", "") else "right", no_wrap=True)
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, {})[row.rival] = row
+    for group in groups.values():
+        ours, peer = group[OURS], group[PEER]
+        medians = [group[name].median for name in names]
+        cells = ["-" if median is None else f"{1e3 * median:.3g}" for median in medians]
+        ratio = f"{peer.median / ours.median:.1f}" if peer.median and ours.median else ""
+        share = f"{ours.share_of_peak:.0%}" if ours.share_of_peak else ""
+        result.add_row(ours.case, ours.direction, *cells, ratio, share)
+    return result
+
+
+def main(arguments: Arguments) -> list[Row]:
+    """Measures and prints."""
+    console = Console(width=150, highlight=False)
+    device = torch.device(arguments.device)
+    if arguments.kv_heads < 1 or arguments.heads % arguments.kv_heads:
+        raise SystemExit(f"--kv-heads: got {arguments.kv_heads}; must divide --heads, which is {arguments.heads}")
+    console.print(machine(device))
+    peak = matrix_peak(getattr(torch, arguments.dtype), device)
+    rows: list[Row] = []
+    todo = [(pattern, fresh) for pattern in PATTERNS for fresh in (True, False)]
+    for pattern, fresh in track(todo, "measuring", console=console, transient=True):
+        rows += measure(pattern, fresh, arguments, peak)
+        if arguments.json:
+            write_rows(arguments.json, rows, device)
+    console.print(table(rows, arguments))
+    for line in dict.fromkeys(f"{r.rival}: {r.error}" for r in rows if r.error and r.error != "not asked for"):
+        console.print(f"  {line}")
+    return rows
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(command_line(Arguments, __doc__))

@@ -30,11 +30,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -43,7 +43,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemur_fast as lf
-from benchmarks.harness import machine
+from benchmarks.harness import Row, command_line, machine, write_rows
 from lemur_fast import _compiled
 
 BAR = 12.0
@@ -64,6 +64,8 @@ class Arguments:
     """Parts of the names of the ops to run; all by default."""
     rounds: int = 31
     """Turns of each function, of 50 timed calls."""
+    json: Path | None = None
+    """Also write a JSON line for each op, direction and function: its median and no spread."""
 
 
 @dataclass
@@ -386,6 +388,22 @@ def table(found: dict[str, dict[str, float]]) -> Table:
     return result
 
 
+def rows_of(found: dict[str, dict[str, float]]) -> list[Row]:
+    """A row for each op, direction and function; of the forward of ours, where the time goes."""
+    names = {"lemur_fast": "ours", "plain torch": "plain", "bare operator": "bare"}
+    shape = f"{TOKENS} x {WIDTH}"
+    rows = []
+    for op, seen in found.items():
+        for direction, suffix in (("forward", ""), ("both", ", backward")):
+            for rival, name in names.items():
+                row = Row("host_overhead", op, rival, shape, direction, "float32")
+                row.seconds = [seen[name + suffix] / 1e6]
+                if rival == "lemur_fast" and not suffix:
+                    row.facts = {f"{part}_us": round(us, 2) for part, us in parts(seen).items()}
+                rows.append(row)
+    return rows
+
+
 def over_the_bar(found: dict[str, dict[str, float]]) -> list[str]:
     """A line for each op that takes more than it may."""
     excess = {op: seen["ours"] - seen["bare"] for op, seen in found.items()}
@@ -418,6 +436,8 @@ def main(arguments: Arguments) -> None:
         "On the CPU: C++ holds the kernels' arithmetic too. Not included: what a GPU's launch takes instead (the"
         " lookup of the stream, the guard of the device, the launch)."
     )
+    if arguments.json:
+        write_rows(arguments.json, rows_of(found))
     missed = over_the_bar(found)
     for line in missed:
         console.print(f"BROKEN  {line}")
@@ -425,4 +445,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(command_line(Arguments, __doc__))

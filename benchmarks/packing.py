@@ -14,18 +14,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import tyro
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from trl.data_utils import pack_dataset
 
-from benchmarks.harness import machine
+from benchmarks.harness import Row, command_line, machine, write_rows
 from lemur_fast import packing
 
 
@@ -39,6 +39,8 @@ class Arguments:
     """Tokens of a row."""
     rounds: int = 3
     """Timed runs of each rival."""
+    json: Path | None = None
+    """Also write a JSON line for each rival."""
 
 
 def lengths_of_text(documents: int) -> np.ndarray:
@@ -121,7 +123,16 @@ def main(arguments: Arguments) -> None:
         cells = (f"{median:.3f}", f"{spread:.0f}", f"{peer / median:.0f}", f"{len(rows[name]):,}", f"{full:.2%}")
         table.add_row(name, *cells)
     console.print(table)
+    if arguments.json:
+        shape = f"{len(lengths):,} documents into rows of {size:,}"
+        write_rows(
+            arguments.json,
+            [
+                Row("packing", "plan", name, shape, seconds=times, facts={"rows": len(rows[name])})
+                for name, times in seconds.items()
+            ],
+        )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(command_line(Arguments, __doc__))

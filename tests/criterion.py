@@ -62,7 +62,7 @@ def compare(
         seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
         # float16-exact seeds: the exact run must start from the very same numbers
         seeds = [s.to(torch.bfloat16) for s in seeds]
-        kept = [(o, s.to(o.dtype)) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+        kept = [(o, s.to(o)) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
         gradients = (
             torch.autograd.grad([o for o, _ in kept], [own[k] for k in grads], [s for _, s in kept]) if grads else []
         )

@@ -12,7 +12,7 @@ def bounds(*lengths: int) -> torch.Tensor:
 def dense(q, k, v, cu_q, cu_k, *, causal=True, window=None, softcap=None, scale=None):
     """One softmax over [Hq, T, S] with everything that must not be seen masked out: (out, lse)."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    index_q, index_k = torch.arange(q.shape[0]), torch.arange(k.shape[0])
+    index_q, index_k = (torch.arange(len(x), device=q.device) for x in (q, k))
     doc_q = torch.bucketize(index_q, cu_q[1:], right=True)
     doc_k = torch.bucketize(index_k, cu_k[1:], right=True)
     last = len(cu_q) - 1  # the tail past the last document

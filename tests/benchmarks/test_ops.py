@@ -9,9 +9,12 @@ import torch
 from rich.console import Console
 
 import lemur_fast as lf
-from benchmarks import ops
+from benchmarks import ops, peers
 
-SMALL = {case.name: case for case in (make() for make in ops.CASES["small"])}
+CPU = torch.device("cpu")
+SMALL = {case.name: case for case in ops.cases("small", CPU)}
+MOVING = [name for name, case in SMALL.items() if not case.flops]
+OURS = {name: peers.functions(name, CPU)[0]["lemur_fast"] for name in SMALL}
 
 
 def tiny(name: str, **changes) -> ops.Case:
@@ -19,12 +22,12 @@ def tiny(name: str, **changes) -> ops.Case:
     return ops.Case(**{**vars(SMALL[name]), "rows": 32, **changes})
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", MOVING)
 def test_least_traffic_is_every_tensor_once(name):
     """Counted from the tensors themselves, but for the sides: weights, tables, labels, losses."""
     case = SMALL[name]
     inputs = case.make(case.rows)
-    outputs = ops._list(case.ours(*inputs))
+    outputs = ops._list(OURS[name](*inputs))
     large = [x for x in inputs if x.is_floating_point() and x.numel() >= case.rows * 512]
     produced = [x for x in outputs if x.dim() > 1]
     assert case.forward == sum(x.numel() for x in (*large, *produced))
@@ -34,42 +37,77 @@ def test_least_traffic_is_every_tensor_once(name):
     assert case.backward == sum(x.numel() for x in (*produced, *saved, *gradients))
 
 
+def test_flops_are_those_of_the_three_products():
+    case = SMALL["linear_cross_entropy"]
+    hidden, weight, labels = case.make(case.rows)
+    assert case.flops == 3 * 2 * hidden.numel() * weight.shape[0]
+    assert labels.shape == hidden.shape[:1]
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_stock_and_ours_pass_the_check(name, dtype):
-    case = tiny(name)
-    assert ops.check(case, "lemur_fast", case.ours, dtype) == ""
-    assert ops.check(case, "eager", case.stock, dtype) == ""
+def test_every_rival_that_runs_passes_the_check(name, dtype):
+    functions, missing = peers.functions(name, CPU)
+    assert {"lemur_fast", "eager"} <= set(functions)
+    assert set(functions) | set(missing) == set(peers.OPS[name])
+    for rival, function in functions.items():
+        if rival in ("compile", "CCE"):  # the same formula, after half a minute of compilation
+            continue
+        assert ops.check(tiny(name), function, dtype, CPU) == "", rival
 
 
 def test_a_wrong_output_and_a_wrong_gradient_are_seen():
     case = tiny("swiglu")
-    assert "result 0" in ops.check(case, "wrong", lambda gate, up: 1.1 * lf.ops.swiglu(gate, up), "bfloat16")
+    assert "result 0" in ops.check(case, lambda gate, up: 1.1 * lf.ops.swiglu(gate, up), "bfloat16", CPU)
     half = lambda gate, up: lf.ops.swiglu(gate, up.detach() / 2 + up / 2)  # noqa: E731
-    assert "result 2" in ops.check(case, "wrong", half, "bfloat16")
+    assert "result 2" in ops.check(case, half, "bfloat16", CPU)
 
 
-def test_a_wrong_rival_prints_no_time(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    case = tiny("swiglu", stock=lambda gate, up: torch.nn.functional.silu(gate) * up, ours=lambda gate, up: gate * up)
-    arguments = ops.Arguments(rounds=2)
-    rows = ops.rows_of(case, *ops.measure(case, arguments), 2)
-    assert rows[0]["lemur_fast"].startswith("wrong: relative error")
-    assert rows[0]["eager"]["seconds"] > 0
-    assert rows[0]["least_bytes"] == 3 * 4096 * 1408 * 2
+def test_a_rival_that_fails_is_named_and_the_others_are_timed(monkeypatch):
+    def breaks(gate, up):
+        raise RuntimeError("no kernel image\nand more")
+
+    rivals = {
+        "lemur_fast": lambda device: lambda gate, up: gate * up,
+        "eager": peers.OPS["swiglu"]["eager"],
+        "breaking": lambda device: breaks,
+        "Liger": peers.OPS["swiglu"]["Liger"],
+    }
+    monkeypatch.setitem(peers.OPS, "swiglu", rivals)
+    rows = ops.measure(tiny("swiglu"), ops.Arguments(rounds=3))
+    by_rival = {row.rival: row for row in rows if row.direction == "forward"}
+    assert by_rival["lemur_fast"].error.startswith("wrong: relative error")
+    assert by_rival["lemur_fast"].median is None
+    assert by_rival["breaking"].error == "RuntimeError: no kernel image"
+    assert by_rival["Liger"].error.endswith("needs a GPU")
+    eager = by_rival["eager"]
+    assert eager.median > 0
+    assert eager.bytes == 3 * 4096 * 1408 * 2
+    assert eager.share_of_copy == eager.copy_seconds / eager.median
+    both = next(row for row in rows if row.rival == "eager" and row.direction == "both")
+    assert both.median > eager.median
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(ops.table(rows, arguments))
-    assert "wrong" in captured.get()
+        console.print(ops.table(rows, ops.Arguments()))
+    (line,) = [line for line in captured.get().splitlines() if " forward " in line]
+    assert "wrong" in line
+    assert ops.errors(rows)[0].startswith("swiglu, 4096 x 1408: lemur_fast: wrong")
 
 
-def test_share_is_the_time_of_the_copy_over_that_of_the_op():
-    case = tiny("swiglu")
-    found = {name: ops.Times([0.5, 0.4, 0.6], [1.0, 2.0, 3.0]) for name in ops.RIVALS}
-    forward, backward = ops.rows_of(case, found, {case.forward: 0.25, case.backward: 1.0}, 2)
-    assert forward["eager"]["share"] == 0.5
-    assert backward["eager"]["share"] == 0.5
-    assert backward["copy_bytes_per_second"] == case.backward * 2
+def test_a_rival_that_overwrites_its_inputs_spoils_no_other(monkeypatch):
+    def in_place(gate, up):
+        out = lf.ops.swiglu(gate, up)
+        gate.data.fill_(torch.nan)
+        return out
+
+    def sees(gate, up):
+        assert not gate.isnan().any()
+        return lf.ops.swiglu(gate, up)
+
+    rivals = {"eager": peers.OPS["swiglu"]["eager"], "in place": lambda _: in_place, "lemur_fast": lambda _: sees}
+    monkeypatch.setitem(peers.OPS, "swiglu", rivals)
+    rows = ops.measure(tiny("swiglu"), ops.Arguments(rounds=2))
+    assert all(row.median for row in rows if row.rival != "in place"), [row.error for row in rows]
 
 
 def test_only_takes_parts_of_names_and_says_so(monkeypatch, tmp_path):
@@ -77,7 +115,10 @@ def test_only_takes_parts_of_names_and_says_so(monkeypatch, tmp_path):
         ops.main(ops.Arguments(only=("softmax",)))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(ops, "keep_freed_memory", lambda: "malloc as it is")  # not for the tests after this one
-    monkeypatch.setattr(ops, "CASES", {"small": (lambda: tiny("swiglu"), lambda: tiny("rotary"))})
-    ops.main(ops.Arguments(only=("swi",), shapes=("small",), rounds=1, json=tmp_path / "out.jsonl"))
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(line["op"], line["direction"]) for line in lines] == [("swiglu", "forward"), ("swiglu", "backward")]
+    monkeypatch.setattr(ops, "cases", lambda model, device: [tiny("swiglu"), tiny("rotary")])
+    ops.main(ops.Arguments(only=("swi",), shapes=("small",), rounds=1, json=tmp_path / "new" / "out.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text().splitlines()]
+    assert {(line["case"], line["direction"]) for line in lines} == {
+        ("swiglu", direction) for direction in ("forward", "backward", "both")
+    }
+    assert {line["rival"] for line in lines} == set(peers.OPS["swiglu"])

@@ -1,0 +1,174 @@
+"""Rows, their JSON lines, and the report that is made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks import harness, report
+from benchmarks.harness import Row
+
+CPU = torch.device("cpu")
+
+
+def rows():
+    def row(rival, *seconds, **rest):
+        return Row("ops", "swiglu", rival, "8 x 8", "both", "float32", list(seconds), **rest)
+
+    return [
+        row("lemur_fast", 1e-3, 2e-3, 3e-3, bytes=2e6, copy_seconds=1e-3, facts={"fresh_pages": 3.0}),
+        row("eager", 8e-3, 8e-3, 9e-3, bytes=2e6, copy_seconds=1e-3),
+        row("broken", 1e-9, error="wrong: relative error 1.0e+00 in result 0"),
+        row("Liger", error="liger_kernel needs a GPU"),
+    ]
+
+
+def written(tmp_path, some, name="ops.jsonl"):
+    harness.write_rows(tmp_path / name, some)
+    return tmp_path / name
+
+
+def test_a_line_tells_time_share_ratio_and_where(tmp_path):
+    ours, eager, broken, liger = map(json.loads, written(tmp_path, rows()).read_text().splitlines())
+    assert ours["median"] == 2e-3
+    assert ours["spread"] == 0.5
+    assert ours["share_of_copy"] == 0.5
+    assert ours["copy_bytes_per_second"] == 2e9
+    assert ours["times_as_fast_as"] == {"eager": 4.0}
+    assert eager["times_as_fast_as"] == {"lemur_fast": 0.25}
+    assert broken["median"] is None
+    assert broken["rounds"] == 0
+    assert liger["error"] == "liger_kernel needs a GPU"
+    assert ours["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert ours["commit"].startswith("commit ") or ours["commit"] == "no commit known"
+    assert {"machine", "device", "python", "time"} <= set(ours)
+
+
+def test_rows_of_other_places_on_a_curve_are_no_rivals(tmp_path):
+    some = [Row("scaling", "op", r, at={"tokens": t}, seconds=[t]) for r in ("a", "b") for t in (1.0, 2.0)]
+    lines = [json.loads(line) for line in written(tmp_path, some).read_text().splitlines()]
+    assert [line["times_as_fast_as"] for line in lines] == [{"b": 1.0}, {"b": 1.0}, {"a": 1.0}, {"a": 1.0}]
+
+
+def test_phases_are_told_apart_in_turns():
+    order = []
+
+    def run(name):
+        def phases(mark):
+            order.append(name)
+            time.sleep(0.002)
+            mark()
+            time.sleep(0.02)
+            mark()
+
+        return phases
+
+    found = harness.phases_in_turns({"a": run("a"), "b": run("b")}, device=CPU, rounds=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    first, second = found["a"].seconds
+    assert len(first) == len(second) == 3
+    assert min(second) >= 0.02 > 0.002 <= min(first)
+
+
+def test_a_budget_leaves_three_rounds():
+    runs = {"a": lambda mark: (time.sleep(0.01), mark())}
+    assert len(harness.phases_in_turns(runs, device=CPU, rounds=50, budget=0.01)["a"].seconds[0]) == 3
+    assert len(harness.phases_in_turns(runs, device=CPU, rounds=2, budget=0.01)["a"].seconds[0]) == 2
+
+
+def test_peak_above_counts_what_the_call_held():
+    kept = torch.ones(50 << 18)  # 50 MiB, which are no part of the call
+    peak = harness.peak_above(lambda: torch.ones(100 << 18).add(1).sum() + kept[0])
+    assert 190e6 < peak < 260e6
+
+
+def test_the_report_shows_times_and_names_those_without(tmp_path):
+    out = tmp_path / "docs" / "benchmarks.md"
+    written(tmp_path, rows())
+    report.main(report.Arguments(results=(tmp_path,), out=out))
+    text = out.read_text()
+    assert "| swiglu, 8 x 8" in text or "| lemur_fast | 2 ms" in text
+    assert "No GPU has been measured" in text
+    assert "- broken: wrong: relative error" in text
+    assert "- Liger: liger_kernel needs a GPU" in text
+    assert "1e-09" not in text
+    (picture,) = (tmp_path / "docs" / "benchmarks").iterdir()
+    assert f"(benchmarks/{picture.name})" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_cases_make_a_wide_table(tmp_path):
+    some = [r for case in ("a", "b", "c") for r in rows() if not setattr(r, "case", case)]
+    text = report.report(report.read([written(tmp_path, some)]), tmp_path / "benchmarks.md")
+    assert "| a, 8 x 8 | both | float32 | 2 ms, 50% | 8 ms, 12% | 50% | 4.00 |" in text
+
+
+def test_the_later_of_two_measurements_counts(tmp_path):
+    path = written(tmp_path, rows()[:1], "a.jsonl")
+    line = json.loads(path.read_text())
+    later = line | {"time": "2999-01-01T00:00:00+00:00", "median": 7.0}
+    (tmp_path / "b.jsonl").write_text(json.dumps(later) + "\n" + json.dumps(line | {"machine": "another, 8 threads"}))
+    lines = report.read([tmp_path])
+    assert sorted(line["median"] for line in lines) == [2e-3, 7.0]
+
+
+def test_exponents_of_growth(tmp_path):
+    some = [
+        Row("scaling", f"power {p}", "lemur_fast", at={"tokens": t}, seconds=[1e-3 * t**p], peak_bytes=t << 20)
+        for p in (0, 1, 2)
+        for t in (8, 1, 2, 4)
+    ]
+    lines = report.read([written(tmp_path, some)])
+    found = {curve.case: curve for curve in report.curves(lines)}
+    for power in (0, 1, 2):
+        curve = found[f"power {power}"]
+        assert curve.sizes == [1, 2, 4, 8]
+        assert math.isclose(curve.exponent, power, abs_tol=1e-9)
+        assert math.isclose(curve.last_step, power, abs_tol=1e-9)
+    text = report.report(lines, tmp_path / "benchmarks.md")
+    assert "| power 2 | lemur_fast | tokens 1 to 8 | 1 ms to 64 ms | 2.00 | 2.00 | 1 to 8 MB |" in text
+
+
+def test_the_headline_goes_between_the_marks_and_leaves_a_gpu_empty(tmp_path):
+    step = lambda name, seconds: Row(  # noqa: E731
+        "train_step", "LLaMA", name, "9 tokens", "step", "bfloat16", [seconds], facts={"tokens_per_second": 9 / seconds}
+    )
+    written(tmp_path, [step("HF sdpa", 3.0), step("lemur_fast", 1.0)])
+    readme = tmp_path / "README.md"
+    arguments = report.Arguments(results=(tmp_path,), out=tmp_path / "docs" / "benchmarks.md", readme=readme)
+    readme.write_text(f"before\n{report.BEGIN}\nold\n")
+    with pytest.raises(SystemExit, match="must hold"):
+        report.main(arguments)
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.main(arguments)
+        text = readme.read_text()
+        assert "old" not in text
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "| **lemur_fast** | 9 | 3.00 |  |  |  |  |  |" in text
+        assert "GPU: not measured yet; `make gpu-check`" in text
+    assert "](docs/benchmarks/headline.png)" in text
+    assert (tmp_path / "docs" / "benchmarks" / "headline.png").exists()
+
+
+def test_what_is_no_row_is_refused_by_name(tmp_path):
+    with pytest.raises(SystemExit, match="no JSON lines"):
+        report.read([tmp_path])
+    (tmp_path / "a.jsonl").write_text('{"benchmark": "x"}\n')
+    with pytest.raises(SystemExit, match=r"a.jsonl, line 1: lacks case, rival"):
+        report.read([tmp_path])
+    (tmp_path / "a.jsonl").write_text("no\n")
+    with pytest.raises(SystemExit, match="is no JSON"):
+        report.read([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 us"), (1e-8, "0.01 us")]
+)
+def test_durations(seconds, told):
+    assert report.duration(seconds) == told
