@@ -54,8 +54,8 @@ TINY = LlamaConfig(
 class Arguments:
     """Times checkpoints and processes."""
 
-    only: Literal["all", "checkpoints", "processes"] = "all"
-    """Which of the two to measure."""
+    only: Literal["all", "checkpoints", "processes", "worker"] = "all"
+    """Which of the two to measure; a worker is one of the processes that are timed."""
     every: int = 10
     """Steps between checkpoints: the length of a block. The recipe's default is 50."""
     steps: int = 4
@@ -66,8 +66,6 @@ class Arguments:
     """Tokens of a row."""
     rounds: int = 3
     """Turns."""
-    worker: tyro.conf.Suppress[bool] = False
-    """This is one of the timed processes."""
 
 
 class Rows:
@@ -184,7 +182,7 @@ def work(args: Arguments) -> None:
 
 def measure_processes(args: Arguments, console: Console) -> None:
     """One process of two threads, and two of one, in turns."""
-    options = ["--worker", "--steps", str(args.steps), "--rows", str(args.rows), "--seq-len", str(args.seq_len)]
+    options = ["--only", "worker", "--steps", str(args.steps), "--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     alone = [sys.executable, "-m", "benchmarks.pretrain", *options]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     pair = [sys.executable, "-m", *launcher, "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.pretrain", *options]
@@ -193,7 +191,7 @@ def measure_processes(args: Arguments, console: Console) -> None:
         for processes in (1, 2) if number % 2 else (2, 1):
             environment = {**os.environ, "OMP_NUM_THREADS": str(3 - processes)}
             done = subprocess.run(
-                alone if processes == 1 else pair, env=environment, check=True, capture_output=True, text=True
+                alone if processes == 1 else pair, env=environment, check=True, stdout=subprocess.PIPE, text=True
             )
             results[processes].append(json.loads(done.stdout.splitlines()[-1]))
     off = max(
@@ -218,7 +216,7 @@ def measure_processes(args: Arguments, console: Console) -> None:
 def main() -> None:
     """Run from the command line."""
     args = tyro.cli(Arguments, description=__doc__)
-    if args.worker:
+    if args.only == "worker":
         work(args)
         return
     console = Console(width=120)
