@@ -35,6 +35,7 @@ ABOUT = {
     "scaling": ("How time and memory grow", "python -m benchmarks.scaling"),
     "host_overhead": ("What a call costs the host", "python -m benchmarks.host_overhead"),
     "packing": ("Packing", "python -m benchmarks.packing"),
+    "chat": ("Chat tuning", "python -m benchmarks.chat"),
 }
 """Of the benchmarks, in the order of the report: title and command. Others follow by name."""
 BASELINE = {"train_step": "HF sdpa"}
