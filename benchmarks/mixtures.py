@@ -43,7 +43,7 @@ def main() -> None:
         folder = args.out / name.replace(":", "-").replace(" ", "-")
         command = [sys.executable, str(Path(__file__).parents[1] / "recipes" / "pretrain.py")]
         command += ["--preset", "smollm2-135m", "--out", str(folder), "--resume", "auto", "--sample-tokens", "0"]
-        command += ["--mixture.code", str(code), "--mixture.text", str(text), "--seed", str(args.seed)]
+        command += ["--mixture", "code", str(code), "text", str(text), "--seed", str(args.seed)]
         command += ["--steps", str(args.steps), "--batch-tokens", str(args.batch_tokens), "--eval-every", "0"]
         command += ["--eval-tokens", str(args.eval_tokens), "--warmup-steps", str(max(1, args.steps // 10))]
         command += ["--keep", "1"]

@@ -224,6 +224,8 @@ def check(args: Chat) -> None:
         raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
     if args.sources and args.data:
         raise ValueError("--sources and --data: give one of them; --data is tokenized already")
+    if args.show_example and args.data:
+        raise ValueError("--show-example and --data: give one of them; --data is tokenized already")
     if args.overwrite and (args.out is None or args.resume != "never"):
         raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
     tracker_package(args.track)
@@ -279,6 +281,18 @@ def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, n
             f"--data {where} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) than "
             f"the model's ({len(tokenizer)} tokens)"
         )
+    made = store.manifest["chat"] | {"held_out": store.manifest["held_out"]}
+    for name in ("overlong", "held_out"):
+        asked, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if asked != made[name] and (args.data is None or asked != getattr(PRESETS[args.preset], name)):
+            raise ValueError(f"{flag} {asked}: the conversations in {where} were prepared with {made[name]}")
+    if args.data is None:
+        origins = {source.name: source.origin for source in chosen_sources(args)}
+        if origins != {name: source["origin"] for name, source in store.manifest["sources"].items()}:
+            raise ValueError(
+                f"--sources: {where} was made of others ({', '.join(store.manifest['sources'])}); resume with those, "
+                "or start a new run"
+            )
     if longest > args.seq_len:
         raise ValueError(f"--data {where} was made for rows of {longest} tokens, --seq-len is {args.seq_len}")
     return store
@@ -340,7 +354,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
     settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "model": str(source)}
-    settings["documents"] = store.train.fingerprint()
+    settings["documents"] = store.fingerprint()
     saved = checkpoints.latest() if resume else None
     if saved is not None:
         check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
@@ -396,12 +410,15 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
         done, outcome = progress.done, progress.outcome
         begun = time.perf_counter()
         weights = full_state_dict(model)
+
+        def save() -> None:
+            whole = weights if lora is None else merge(config, lora, weights, folder / "adapter")
+            save_model(folder / "model", config, whole, tokenizer, generation_config(tokenizer))
+            plot_losses(folder / "loss.png", log, kinds, f"chat tuning, {total_parameters / 1e6:.1f}M parameters")
+
+        world.first(save)  # the others wait: torchrun ends all as soon as one leaves with an error
         if not world.is_main:
             return progress.exit_code
-        if lora is not None:
-            weights = merge(config, lora, weights, folder / "adapter")
-        save_model(folder / "model", config, weights, tokenizer, generation_config(tokenizer))
-        plot_losses(folder / "loss.png", log, kinds, f"chat tuning, {total_parameters / 1e6:.1f}M parameters")
         seconds["saving"] = time.perf_counter() - begun
 
     # 4. What came of it.

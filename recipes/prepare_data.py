@@ -40,7 +40,7 @@ import tyro
 from lemur_fast.data.embedded import embedded_sources
 from lemur_fast.data.executors import Cluster, run_local, run_ray, submit_slurm
 from lemur_fast.data.filters import Quality
-from lemur_fast.data.pipeline import Settings, plan
+from lemur_fast.data.pipeline import Settings, clean, plan
 from lemur_fast.data.sources import Source
 from lemur_fast.data.specification import source_from_path, sources_from_toml
 from lemur_fast.data.store import TokenStore
@@ -132,6 +132,7 @@ def prepare_data(args: PrepareData) -> int:
             return 0
         if (args.out / "manifest.json").is_file():
             print(f"{args.out} is finished already")
+            clean(corpus)
         elif args.executor == "ray":
             run_ray(corpus, args.cluster)
         else:

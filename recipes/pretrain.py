@@ -48,7 +48,7 @@ import lemur_fast as lf
 from lemur_fast.data.embedded import embedded_sources
 from lemur_fast.data.executors import build_store
 from lemur_fast.data.loader import Loader, held_out_batches
-from lemur_fast.data.mixture import Mixture
+from lemur_fast.data.mixture import Mixture, members
 from lemur_fast.data.pipeline import Settings
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, fingerprint, load_tokenizer
@@ -66,6 +66,7 @@ from lemur_fast.training.plan import plan
 from lemur_fast.training.saving import run_folder, sample, save_model
 from lemur_fast.training.weights import make_model, model_folder
 
+MIXTURE = {"code": 10.0, "text": 1.0}
 PROMPTS = {"code": 'def read_json(path):\n    """', "text": "The Python interpreter is"}
 
 
@@ -111,9 +112,9 @@ class Pretrain:
     data: Path | None = None
     """Corpus to train on: what prepare_data.py wrote, or the data/ folder of an earlier run. Default: prepare the
     embedded corpus."""
-    mixture: dict[str, float] = field(default_factory=lambda: {"code": 10.0, "text": 1.0})
-    """Share of the tokens for each kind of document, or source of the corpus, in any unit; 0 leaves one out, but still
-    measures it."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """NAME WEIGHT ...: share of the tokens for each kind of document, or source of the corpus, in any unit; 0 leaves
+    one out, but still measures it. Default: code 10 text 1."""
     seq_len: int = 4096
     """Tokens in a packed row: the longest piece of a document that the model sees at once."""
     held_out: float = 0.05
@@ -212,6 +213,9 @@ NOT_OF_THE_TRAINING = {
 MAY_CHANGE = {"steps", "batch_tokens", "lr", "warmup_steps", "weight_decay", "betas", "clip", "spike", "dtype"}
 
 
+SHAPE = {"hidden_size", "intermediate_size", "layers", "heads", "kv_heads"}
+
+
 def check(args: Pretrain) -> None:
     """Refuse settings that cannot work, before anything is done."""
     above_zero = ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep")
@@ -229,6 +233,15 @@ def check(args: Pretrain) -> None:
     if args.hidden_size % (2 * args.heads) or args.heads % args.kv_heads:
         sizes = f"--hidden-size {args.hidden_size}, --heads {args.heads}, --kv-heads {args.kv_heads}"
         raise ValueError(f"{sizes}: a head's size must be an even number, --heads a multiple of --kv-heads")
+    changed = {
+        f.name for f in dataclasses.fields(args) if getattr(args, f.name) != getattr(PRESETS[args.preset], f.name)
+    }
+    if args.data and "held_out" in changed:
+        raise ValueError("--held-out and --data: give one of them; the corpus has its own held-out documents")
+    if (args.model or args.preset == "smollm2-135m") and (shape := sorted(changed & SHAPE)):
+        raise ValueError(f"--{shape[0].replace('_', '-')} is that of the model that is continued; leave it out")
+    if args.plan and "model" in changed and not Path(str(args.model)).is_dir():
+        raise ValueError(f"--plan --model {args.model}: takes a folder with a config.json, or leave it to --preset")
     if min(args.mixture.values()) < 0 or max(args.mixture.values()) == 0:
         raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
     if args.overwrite and (args.out is None or args.resume != "never"):
@@ -338,7 +351,8 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     world.print(store.describe())
     mixture = Mixture(store.train, args.mixture, args.seq_len, args.seed)
     loader = Loader(store.train, mixture, args.batch_tokens // args.seq_len, world.rank, world.size)
-    held_out = [held_out_batches(store.held_out, k, args.eval_tokens, args.seq_len, tokenizer) for k in args.mixture]
+    kinds = [kind for kind, weight in args.mixture.items() if weight or len(members(store.held_out, kind))]
+    held_out = [held_out_batches(store.held_out, kind, args.eval_tokens, args.seq_len, tokenizer) for kind in kinds]
     run_tokens = args.steps * args.batch_tokens
     for kind, epochs in mixture.epochs({k: weight * run_tokens for k, weight in mixture.weights.items()}).items():
         repeated = f"; EVERY DOCUMENT IS READ {epochs:.1f} TIMES" if epochs > 1 else ""
@@ -346,7 +360,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", world, args.keep)
     dtype = compute_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
-    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "documents": store.train.fingerprint()}
+    settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "documents": store.fingerprint()}
     saved = checkpoints.latest() if resume else None
     if saved is not None:
         check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
@@ -400,10 +414,14 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         seconds["checkpoints"] = checkpoints.seconds
         begun = time.perf_counter()
         weights = full_state_dict(model)
+
+        def save() -> None:
+            save_model(folder / "model", model.config, weights, tokenizer, model.generation_config)
+            plot_losses(folder / "loss.png", log, kinds, f"LLaMA, {parameters / 1e6:.1f}M parameters")
+
+        world.first(save)  # the others wait: torchrun ends all as soon as one leaves with an error
         if not world.is_main:
             return progress.exit_code
-        save_model(folder / "model", model.config, weights, tokenizer, model.generation_config)
-        plot_losses(folder / "loss.png", log, list(args.mixture), f"LLaMA, {parameters / 1e6:.1f}M parameters")
         seconds["saving"] = time.perf_counter() - begun
 
     # 4. What came of it.
@@ -422,9 +440,13 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
         print(f"source     {source}: {of['tokens']:,} tokens read, {of['epochs']:.2f} epochs")
     for kind, epochs in mixture.epochs(trained).items():
         print(f"trained on {trained[kind]:,} {kind} tokens: {trained[kind] / total:.1%} of all, {epochs:.2f} epochs")
-    for kind in args.mixture:
+    for kind in kinds:
         loss, bits = (log.series(f"held_out/{kind}/{name}")[1] for name in ("loss", "bits_per_byte"))
-        change = f"loss {loss[0]:.3f} -> {loss[-1]:.3f}, bits per byte {bits[0]:.3f} -> {bits[-1]:.3f}"
+        change = (
+            f"loss {loss[0]:.3f} -> {loss[-1]:.3f}, bits per byte {bits[0]:.3f} -> {bits[-1]:.3f}"
+            if loss
+            else "never finite"
+        )
         print(f"held out   {kind}: {change}")
     memory = f"peak memory {peak_memory_gib(world.device):.2f} GiB"
     print(f"speed      {telemetry.tokens_per_second():,.0f} tokens/s, {memory}")
@@ -446,7 +468,8 @@ def parse(argv: list[str]) -> Pretrain:
         preset = peek.parse_known_args(argv)[0].preset
     except SystemExit:
         preset = "tiny"
-    return tyro.cli(Pretrain, args=argv, default=PRESETS[preset], description=__doc__)
+    args = tyro.cli(Pretrain, args=argv, default=PRESETS[preset], description=__doc__)
+    return dataclasses.replace(args, mixture=args.mixture or dict(MIXTURE))
 
 
 def main() -> int:

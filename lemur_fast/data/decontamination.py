@@ -39,6 +39,8 @@ class EvaluationSets:
         hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         for path in paths:
             name = Path(path).name.split(".")[0]
+            if name in self.report:  # mbpp/test.parquet, gsm8k/test.parquet
+                name = f"{Path(path).parent.name}/{name}"
             items = short = 0
             for batch in _batches(_items(Path(path).expanduser())):
                 found = ngram_hashes(batch, ngram_words, lower=True)

@@ -241,9 +241,9 @@ def read(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None:
                     for record, text in zip(batch, texts, strict=True)
                 ]
                 columns = {
-                    "name": [record.name.encode("utf-8", "replace").decode() for record in batch],
-                    "licence": [record.licence or source.licence for record in batch],
-                    "language": [record.language for record in batch],
+                    "name": [_clean(record.name) for record in batch],
+                    "licence": [_clean(record.licence or source.licence) for record in batch],
+                    "language": [_clean(record.language) for record in batch],
                     "reason": reasons,
                     "bytes": sizes,
                     "text": texts,
@@ -280,6 +280,11 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _clean(value: str) -> str:
+    """Without lone surrogates, which Arrow does not take."""
+    return value.encode("utf-8", "replace").decode()
 
 
 def _unicode(record: Record) -> str | None:
@@ -463,6 +468,7 @@ class _Count:
 
 def finish(corpus: Corpus, piece: int, advance: Callable[[int], None]) -> None:
     """Write the manifest and the summary; with the manifest the store is whole."""
+    sweep(corpus)  # of tasks that were killed: in the last stage no other is at work
     counts = [json.loads(corpus.work("tokenize", part, ".json").read_text()) for part in range(len(corpus.parts))]
     hashes = [hashlib.blake2b(digest_size=16) for _ in corpus.sources]
     for part, (index, _) in enumerate(corpus.parts):

@@ -146,12 +146,19 @@ class Files(Source):
         for path, name, chosen in part.where["files"]:
             yield self._read(Path(path), name, chosen)
 
+    def _unreadable(self, error: OSError) -> None:
+        raise ValueError(f"source {self.name}: {error.filename} cannot be read: {error.strerror}")
+
     def _files(self) -> Iterator[tuple[str, str, bool]]:
-        """(path, name in the source, whether it was named by the user)."""
+        """(path, name in the source, whether it was named by the user).
+
+        Raises:
+            ValueError: a folder may not be read.
+        """
         for path in self.paths:
             root = Path(path).expanduser()
             if root.is_dir():
-                for folder, folders, names in os.walk(root):
+                for folder, folders, names in os.walk(root, onerror=self._unreadable):
                     folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
                     for name in sorted(names):
                         file = Path(folder, name)
@@ -419,7 +426,7 @@ class HuggingFace(Table):
         there = data.column_names or list(next(iter(data), {}))
         self.columns.check(self.name, there)
         if self.streaming:
-            shards = 1 if self.take else data.num_shards
+            shards = 1 if self.take is not None else data.num_shards
             return [Part({"shard": shard, "shards": shards}, 0) for shard in range(shards)]
         rows = len(data) if self.take is None else min(self.take, len(data))
         return [Part({"rows": [first, min(first + PART_ROWS, rows)]}, 0) for first in range(0, rows, PART_ROWS)]
@@ -428,7 +435,7 @@ class HuggingFace(Table):
         """Row after row."""
         data, first, prefix = self._load().select_columns(self.columns.wanted()), 0, ""
         if self.streaming:
-            if self.take:
+            if self.take is not None:
                 data = data.take(self.take)
             elif part.where["shards"] > 1:
                 data = data.shard(part.where["shards"], part.where["shard"])

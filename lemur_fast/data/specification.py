@@ -92,11 +92,16 @@ def source_from_path(path: str, kind: str, licence: str, languages: tuple[str, .
     """A source of one kind from a path: a folder, file or glob; `.jsonl` (compressed or not) and `.parquet` are tables
     with a column `text`, or else `content`.
     """
-    name = Path(path.rstrip("/*")).name.split(".")[0] or kind
+    plain = [part for part in Path(path).parts if not set(part) & set("*?[")]
+    name = (plain[-1].split(".")[0] if plain else "") or kind
     common: dict[str, Any] = {"name": name, "kind": kind, "licence": licence, "origin": path}
     suffixes = Path(path).suffixes
     if not {".jsonl", ".parquet"} & set(suffixes):
         return Files(**common, languages=languages, paths=(path,))
+    if languages:
+        raise ValueError(
+            f"--languages: {path} is a table; a TOML file (--sources) says which of its columns tells them"
+        )
     table = JsonLines if ".jsonl" in suffixes else Parquet
     texts, contents = (table(**common, columns=Columns(column), paths=(path,)) for column in ("text", "content"))
     try:

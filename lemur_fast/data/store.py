@@ -48,7 +48,19 @@ class TokenStore:
         if missing:
             raise FileNotFoundError(f"{self.folder} is not a token store: it has no {', '.join(missing)}")
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        self.train, self.held_out = (Documents.open(sorted((self.folder / split).glob("*.arrow"))) for split in SPLITS)
+        self.train, self.held_out = (
+            Documents.open(sorted((self.folder / split).glob("[!.]*.arrow"))) for split in SPLITS
+        )
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the documents, their order, split and tokenizer, not with their place.
+
+        What a source's documents say is told by the hash in the manifest; of conversations, by their numbers alone.
+        """
+        sources = {name: [of.get("hash"), of["train"], of["held_out"]] for name, of in self.manifest["sources"].items()}
+        splits = [self.train.fingerprint(), self.held_out.fingerprint()]
+        told = json.dumps([self.manifest["tokenizer"]["fingerprint"], sources, splits], sort_keys=True)
+        return hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
     def describe(self) -> str:
         """Sources with origin, licence, tokens, and what was dropped: a few lines for people."""

@@ -29,7 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -210,6 +210,7 @@ class Checkpoints:
         if self.world.is_main:
             for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed while it wrote
                 shutil.rmtree(left)
+        damaged = False
         for step in reversed(self.world.first(self.steps)):
             folder = self.path(step)
             reasons = self.world.everyone(damage(folder, self.world.rank, self.world.size))
@@ -218,9 +219,15 @@ class Checkpoints:
                 return json.loads((folder / "state.json").read_text(encoding="utf-8"))
             aside = folder.with_name(f"{folder.name}.damaged")
             self.world.print(
-                f"WARNING    {folder} is damaged: {reason}. Set aside as {aside.name}, the one before is used"
+                f"WARNING    {folder} is damaged: {reason}. Set aside as {aside.name}; the one before is tried"
             )
             self.world.first(functools.partial(_set_aside, folder, aside))
+            damaged = True
+        if damaged:
+            raise ValueError(
+                f"--resume: no checkpoint in {self.folder} is whole; they are set aside as *.damaged. Start a new run, "
+                "or go on from the model that was saved, with --model"
+            )
         return None
 
     def _forget_old(self) -> None:
@@ -352,9 +359,15 @@ class _Unpickler(pickle.Unpickler):
             or (module == "torch.serialization" and name == "_get_layout")
             or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         )
-        if not known:
+        # Protocol 4 takes dotted names, and modules hold what they import: neither may lead out of torch's classes.
+        found = super().find_class(module, name) if known and "." not in name else None
+        if module.startswith("torch.distributed.checkpoint.") and not (
+            isinstance(found, type) and found.__module__ == module
+        ):
+            found = None
+        if found is None:
             raise pickle.UnpicklingError(f"a checkpoint's metadata does not hold {module}.{name}")
-        return super().find_class(module, name)
+        return found
 
 
 class _Reader(dcp.FileSystemReader):
@@ -363,6 +376,8 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise ValueError(f"{path}: a checkpoint holds nothing but tensors; other objects would be unpickled")
         return dataclasses.replace(
             metadata, storage_meta=dataclasses.replace(metadata.storage_meta, load_id=self.load_id)
         )

@@ -126,7 +126,8 @@ class Telemetry:
         self.tokens = 0
         """Read in them, by all processes."""
         self._started = done
-        self._pending: tuple[StepFacts, Figures, float] | None = None
+        self._pending: tuple[StepFacts, Figures, float, float] | None = None
+        self._ended = 0.0  # when the step that was reported last did
         # A line that renews itself; nothing where there is no terminal.
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=None if world.is_main else True)
         self._begun = 0.0
@@ -141,18 +142,22 @@ class Telemetry:
 
     def queued(self, facts: StepFacts, figures: Figures) -> None:
         """A step is queued: report the one before."""
+        queued = time.perf_counter()
         self.flush()
-        self._pending = (facts, figures, time.perf_counter() - self._begun)
+        self._pending = (facts, figures, self._begun, queued)
 
     def flush(self) -> None:
         """Report the step that is still pending; waits for it."""
         if self._pending is None:
             return
-        facts, figures, elapsed = self._pending
+        facts, figures, begun, ended = self._pending
         self._pending = None
-        begun = time.perf_counter()
+        waits = not figures.there()
         loss, norm, verdict, refused, *totals = figures.read()
-        elapsed += time.perf_counter() - begun
+        if waits:  # the device was behind the host
+            ended = time.perf_counter()
+        elapsed = ended - max(begun, self._ended)  # steps overlap: the host begins one while the device ends another
+        self._ended = ended
         self.seconds += elapsed
         self.tokens += sum(facts.lengths)
         self.refused_in_a_row = int(refused)

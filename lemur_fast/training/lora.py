@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lemur_fast.files import staged_folder
+
 _PREFIX = "base_model.model."  # of the model's parameters inside a PeftModel
 
 
@@ -72,7 +74,7 @@ def merge(config: LlamaConfig, lora: Any, state: Mapping[str, Tensor], folder: P
         lora: the `LoraConfig`.
         state: whole weights of the PeftModel. They are merged in place, to hold no second copy: where they are those of
             a model in memory, as in a single process on a CPU, it is of no more use.
-        folder: new.
+        folder: replaced, if it is there.
 
     Returns:
         The weights of a LlamaForCausalLM that gives what the adapted one does.
@@ -84,5 +86,6 @@ def merge(config: LlamaConfig, lora: Any, state: Mapping[str, Tensor], folder: P
     model.load_state_dict(dict(state), assign=True)
     if config.tie_word_embeddings:
         model.get_base_model().tie_weights()
-    model.save_pretrained(folder, save_embedding_layers=False)  # where they are trained, they are adapters
+    with staged_folder(folder, replace=True) as staging:
+        model.save_pretrained(staging, save_embedding_layers=False)  # where they are trained, they are adapters
     return dict(model.merge_and_unload().state_dict())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lemur_fast.files import staged_file, write_text
 
@@ -57,6 +58,7 @@ class MetricsLog:
             self.records = [record for record in _records(path) if record["step"] <= resumed_at]
             write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a", encoding="utf-8")
+        self._failed = False
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, step: int, **values: float) -> None:
@@ -66,8 +68,13 @@ class MetricsLog:
         """
         record = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk: what the run has learned is worth more than its log
+            if not self._failed:
+                tqdm.write(f"WARNING    metrics.jsonl cannot be written ({error}); the run goes on without")
+            self._failed = True
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._tracker is not None:
@@ -116,6 +123,10 @@ class Figures:
         if values.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
+
+    def there(self) -> bool:
+        """Whether reading does not wait: the device is done with the step."""
+        return self._copied is None or self._copied.query()
 
     def read(self) -> list[float]:
         """The numbers; waits for the device if they are not there yet."""

@@ -11,6 +11,8 @@ from lemur_fast.data.embedded import embedded_sources
 from lemur_fast.data.executors import build_store
 from lemur_fast.data.filters import Quality
 from lemur_fast.data.pipeline import split_of
+from lemur_fast.data.sources import Generated
+from lemur_fast.data.store import TokenStore
 
 CODE = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
 TEXT = [f"Paragraph {i} speaks of nothing in particular, {i * i} times over." for i in range(60)]
@@ -202,3 +204,19 @@ def test_the_embedded_sources_are_code_and_text_without_tests():
     assert "tqdm" in readmes
     assert "MIT" in readmes["tqdm"].licence
     assert all(record.licence for of_source in records.values() for record in of_source)
+
+
+def test_a_licence_that_is_no_unicode_stops_nothing(tmp_path, tokenizer, lenient):
+    words = " ".join(f"word{i}" for i in range(30))
+    texts = [(f"{i}", f"{i} {words} {i}", "\ud800") for i in range(20)]
+    source = Generated("odd", "text", "a test", "CC0-1.0", lambda: iter(texts))
+    store = build(tmp_path / "store", tokenizer, [source], lenient(held_out=0.2, near_duplicates=0))
+    assert store.manifest["sources"]["odd"]["documents"] == 20
+
+
+def test_what_a_killed_task_left_is_no_part_of_a_store(tmp_path, tokenizer, source, lenient):
+    texts = [f"{i} " + " ".join(f"word{j * i}" for j in range(30)) for i in range(40)]
+    store = build(tmp_path / "store", tokenizer, [source("a", "text", texts)], lenient(held_out=0.2))
+    (shard,) = (tmp_path / "store" / "train").glob("*.arrow")
+    (shard.parent / f".{shard.stem}.1234.partial.arrow").write_bytes(shard.read_bytes())
+    assert len(TokenStore(tmp_path / "store").train) == len(store.train)

@@ -293,3 +293,24 @@ def test_sources_of_a_path(tmp_path):
     (tmp_path / "void").mkdir()
     with pytest.raises(ValueError, match="there are no files in"):
         source_from_path(str(tmp_path / "void"), "text", "l").parts()
+
+
+def test_names_of_globs_and_languages_of_tables(tmp_path):
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "wiki" / "a.jsonl").write_text('{"text": "x"}\n')
+    assert source_from_path(str(tmp_path / "wiki" / "*.jsonl"), "text", "l").name == "wiki"
+    assert source_from_path("*.py", "code", "l").name == "code"
+    with pytest.raises(ValueError, match=r"--languages: .*a\.jsonl is a table"):
+        source_from_path(str(tmp_path / "wiki" / "a.jsonl"), "code", "l", ("python",))
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    source = Files("mine", "text", "here", "l", (str(tmp_path),))
+
+    def refused(top, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{top}/secret"))
+        return iter(())
+
+    monkeypatch.setattr("lemur_fast.data.sources.os.walk", refused)
+    with pytest.raises(ValueError, match=r"source mine: .*secret cannot be read: Permission denied"):
+        source.parts()

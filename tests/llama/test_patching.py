@@ -397,7 +397,8 @@ def test_context_and_sequence_parallelism_are_refused_by_name(monkeypatch: pytes
         ({"seq_idx": torch.zeros(2, 9)}, ValueError, r"seq_idx: got shape \[2, 9\]"),
         ({"labels": torch.zeros(1, 8).long()}, ValueError, r"labels: got shape \[1, 8\]; takes \[1, 9\]"),
         ({"shift_labels": torch.zeros(9).long()}, ValueError, r"shift_labels: got shape \[9\]; takes \[1, 9\]"),
-        ({"trained_rows": torch.tensor([1])}, ValueError, "trained_rows: got a tensor without labels"),
+        ({"trained_rows": torch.tensor([1])}, ValueError, "trained_rows: got a value without labels"),
+        ({"record_stats": print}, ValueError, "record_stats: got a value without labels"),
         (
             {
                 "trained_rows": torch.tensor([1]),

@@ -245,11 +245,17 @@ REFUSED = {
     "heads": (["--heads", "3"], "a head's size must be an even number"),
     "kv_heads": (["--heads", "4", "--kv-heads", "3"], "--heads a multiple of --kv-heads"),
     "held_out": (["--held-out", "1.0"], r"held_out must be in \[0, 1\), got 1.0"),
-    "mixture": (["--mixture.text", "-1"], r"--mixture: weights must not be negative.*'text': -1.0"),
-    "mixture of nothing": (["--mixture.text", "0", "--mixture.code", "0"], "--mixture: .*nor all 0"),
+    "mixture": (["--mixture", "code", "10", "text", "-1"], r"--mixture: weights must not be negative.*'text': -1.0"),
+    "mixture of nothing": (["--mixture", "code", "0", "text", "0"], "--mixture: .*nor all 0"),
     "overwrite without out": (["--overwrite"], "--overwrite needs --out"),
     "data": (["--data", "/nonexistent"], "/nonexistent is not a token store"),
     "model": (["--model", "/nonexistent"], "no tokenizer in /nonexistent"),
+    "shape of a model": (
+        ["--model", "/nonexistent", "--layers", "3"],
+        "--layers is that of the model that is continued",
+    ),
+    "held_out and data": (["--data", "x", "--held-out", "0.1"], "--held-out and --data: give one of them"),
+    "plan of a model that is not here": (["--plan", "--model", "a/b"], "--plan --model a/b: takes a folder"),
 }
 
 
@@ -313,7 +319,7 @@ def test_help_teaches(capsys, pretrain):
         "--batch-tokens",
         "--resume",
         "--model",
-        "--mixture.code",
+        "--mixture",
         "--checkpoint-every",
         "--keep",
         "--plan",

@@ -189,7 +189,7 @@ def test_a_finished_run_has_nothing_left_to_do(pretrain, tmp_path, small_store, 
         (("--lr", "1e-2"), r"settings are not what they were: --lr was 0\.02, is 0\.01\. .*--resume-changed"),
         (("--steps", 20, "--clip", 2), r"--clip was 1\.0, is 2\.0; --steps was 9, is 20"),
         (("--layers", 3, "--resume-changed"), r"not the run that was stopped: --layers was 2, is 3"),
-        (("--mixture.text", 2, "--resume-changed"), r"--mixture was \{.*1\.0\}, is \{.*2\.0\}"),
+        (("--mixture", "code", 10, "text", 2, "--resume-changed"), r"--mixture was \{.*1\.0\}, is \{.*2\.0\}"),
     ],
 )
 def test_another_run_is_not_resumed(pretrain, tmp_path, small_store, whole, capsys, changes, message):

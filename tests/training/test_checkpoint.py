@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 import lemur_fast as lf
@@ -191,7 +192,8 @@ def test_without_a_whole_one_there_is_nothing_to_resume(start):
     run = start()
     assert run.checkpoints.latest() is None
     truncate(run.train(1).save())
-    assert run.checkpoints.latest() is None
+    with pytest.raises(ValueError, match=r"--resume: no checkpoint in .* is whole; they are set aside as \*\.damaged"):
+        run.checkpoints.latest()
 
 
 @pytest.fixture
@@ -235,14 +237,40 @@ class Evil:
         return print, ("code ran",)
 
 
-def test_a_checkpoint_cannot_run_code(start, capsys):
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (pickle.dumps(Evil()), r"does not hold builtins\.print"),
+        # What a module of torch's has imported: by a dotted name, and by a plain one.
+        (
+            b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\tos.getcwd\x93)R.",
+            r"does not hold torch\.distributed\.checkpoint\.filesystem\.os\.getcwd",
+        ),
+        (
+            b"ctorch.distributed.checkpoint.filesystem\nFuture\n.",
+            r"does not hold torch\.distributed\.checkpoint\.filesystem\.Future",
+        ),
+    ],
+)
+def test_a_checkpoint_cannot_run_code(start, capsys, metadata, message):
     run = start().train(1)
     folder = run.save()
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    (folder / ".metadata").write_bytes(metadata)
     facts = json.loads((folder / "state.json").read_text())
-    with pytest.raises(pickle.UnpicklingError, match=r"does not hold builtins\.print"):
+    with pytest.raises(pickle.UnpicklingError, match=message):
         run.state.load(folder, facts, run.world)
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_holds_tensors_and_nothing_that_torch_would_unpickle(start):
+    run = start().train(1)
+    folder = run.save()
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.state_dict_metadata["guard"] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    facts = json.loads((folder / "state.json").read_text())
+    with pytest.raises(ValueError, match="a checkpoint holds nothing but tensors"):
+        run.state.load(folder, facts, run.world)
 
 
 def test_the_schedule_follows_the_settings_of_the_run_that_goes_on(start):

@@ -118,8 +118,9 @@ class ChatEncoder:
         # What the tokenizer makes of a header and of the line's end is the same everywhere: nothing merges with it.
         *headers, self.after = self._texts([*(f"{role}\n" for role in ROLES), "\n"])
         self.headers: dict[str, list[int]] = dict(zip(ROLES, headers, strict=True))
-        spelled = self._texts([f"{token}{token} {token}\n" for token in CHAT_TOKENS])
-        for token, ids in zip(CHAT_TOKENS, spelled, strict=True):
+        control = [*CHAT_TOKENS, *sorted(set(tokenizer.all_special_tokens) - set(CHAT_TOKENS))]
+        spelled = self._texts([f"{token}{token} {token}\n" for token in control])
+        for token, ids in zip(control, spelled, strict=True):
             if vocabulary.get(token) in ids:
                 raise ValueError(
                     f"this tokenizer makes the control token {token} of text that only mentions it: there it is no "

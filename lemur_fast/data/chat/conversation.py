@@ -4,6 +4,7 @@ A conversation is an optional system message, then turns of user and assistant i
 is mended in silence: what does not have that shape is left out under a reason, and the reasons are counted.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,12 +68,12 @@ def checked(conversation: Conversation | Unfit) -> Conversation:
 
 
 def text(conversation: Conversation) -> str:
-    """What is said, by whom: equal conversations have equal texts.
+    """What is said, by whom, as JSON: equal conversations, and no others, have equal texts.
 
     Whether a message is trained does not count: two branches of a tree that end alike are not the same conversation,
     and two copies of one are.
     """
-    return "\n\n".join(f"{message.role}: {message.content.strip()}" for message in conversation.messages)
+    return json.dumps([(message.role, message.content.strip()) for message in conversation.messages])
 
 
 def opening(conversation: Conversation) -> str:

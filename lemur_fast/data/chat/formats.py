@@ -13,7 +13,7 @@ not be read.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from lemur_fast.data.chat.conversation import Conversation, Message, Unfit
+from lemur_fast.data.chat.conversation import Conversation, Message, Unfit, checked
 
 Record = Mapping[str, Any]
 Format = Callable[[Iterable[Record | Unfit]], Iterator[Conversation | Unfit]]
@@ -126,8 +126,12 @@ def _oasst(records: Iterable[Record | Unfit]) -> Iterator[Conversation | Unfit]:
     replies: dict[Any, list[Record]] = {}  # of every message; of None: the roots
     for record in flat:
         replies.setdefault(record.get("parent_id"), []).append(record)
-    for orphans in replies.keys() - {record["message_id"] for record in flat} - {None}:
-        yield from (Unfit("message whose parent is missing") for _ in replies[orphans])
+    rooted, waiting = set(), list(replies.get(None, ()))
+    while waiting:
+        message = waiting.pop()
+        rooted.add(id(message))
+        waiting += replies.get(message["message_id"], ())
+    yield from (Unfit("message that no root leads to") for record in flat if id(record) not in rooted)
     for root in replies.get(None, ()):
         yield from _branches(root, root.get("tree_state"), replies)
 
@@ -147,6 +151,10 @@ def _branches(
     def below(node: Record) -> list[Record]:
         found = (node.get("replies") or []) if replies is None else replies.get(node["message_id"], [])
         return sorted(found, key=_rank)
+
+    if not _well_formed(root):
+        yield Unfit("replies or ranks of another form")
+        return
 
     def goes_on(node: Record) -> bool:  # to an answer
         return not node.get("deleted") and (node.get("role") != "prompter" or any(map(goes_on, below(node))))
@@ -168,8 +176,28 @@ def _branches(
         except Unfit as unfit:
             yield unfit
             continue
+        conversation = Conversation(messages, str(node.get("message_id", "")))
+        try:
+            checked(conversation)
+        except Unfit as unfit:  # its answers are trained on in another way, if there is one
+            yield unfit
+            continue
         seen.update(map(id, way))
-        yield Conversation(messages, str(node.get("message_id", "")))
+        yield conversation
+
+
+def _well_formed(root: Record) -> bool:
+    """Whether everything below a message is lists of messages, with ranks that are numbers."""
+    waiting: list[Any] = [root]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, Mapping):
+            return False
+        below = node.get("replies") or []
+        if not isinstance(below, list) or not isinstance(node.get("rank"), int | float | None):
+            return False
+        waiting += below
+    return True
 
 
 def _rank(node: Record) -> float:

@@ -105,8 +105,32 @@ def test_openassistant_counts_what_it_leaves_out():
     found = reasons(read("oasst", bad_state, alone, {"text": "x"}, orphan))
     assert found == [
         *("tree in state 'aborted_low_grade'", "no answer to train on", "missing field 'prompt'"),
-        "message whose parent is missing",
+        "message that no root leads to",
     ]
+
+
+def test_an_openassistant_answer_of_a_way_that_is_unfit_is_trained_in_another():
+    unfit = node("thanks", "prompter", node("", "assistant", rank=0), rank=0)
+    fit = node("why", "prompter", node("so", "assistant"), rank=1)
+    tree = node("q", "prompter", node("a", "assistant", unfit, fit))
+    found = read("oasst", {"tree_state": "ready_for_export", "prompt": tree})
+    assert reasons(found) == ["empty assistant message"]
+    (whole,) = [item for item in found if isinstance(item, Conversation)]
+    assert [message.content for message in whole.messages if message.trained and message.role == "assistant"] == [
+        "a",
+        "so",
+    ]
+
+
+@pytest.mark.parametrize("change", [{"replies": ["x"]}, {"replies": "x"}, {"rank": "first"}])
+def test_openassistant_trees_of_another_form_are_counted(change):
+    tree = node("q", "prompter", node("a", "assistant") | change)
+    assert reasons(read("oasst", {"prompt": tree})) == ["replies or ranks of another form"]
+
+
+def test_openassistant_messages_that_answer_one_another_are_counted():
+    circle = [{"message_id": a, "parent_id": b, "role": "assistant", "text": "x"} for a, b in (("1", "2"), ("2", "1"))]
+    assert reasons(read("oasst", *circle)) == ["message that no root leads to"] * 2
 
 
 def test_an_openassistant_question_may_end_a_way_that_trains_something():
