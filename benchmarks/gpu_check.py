@@ -302,7 +302,8 @@ def main(arguments: argparse.Namespace) -> int:
     outcomes = [o if o.fingerprint == current else Outcome(o.name) for o in outcomes]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's processes end with this one
     end = time.monotonic() + (60 * MINUTES if arguments.device == "cuda" else math.inf)
-    for number, section in enumerate(sections):
+    # First what was never begun: a section that always fails must not keep the later ones from their turn.
+    for number, section in sorted(enumerate(sections), key=lambda each: outcomes[each[0]].state != "not run"):
         if section.name not in arguments.only or (outcomes[number].state == "done" and not arguments.again):
             continue
         left = end - time.monotonic()

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: finish what would be lost, then leave."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,9 @@ class Interruption:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.signum = self.signum is None, signum
-        if not (first and self._deferred):
+        # A scheduler sends SIGTERM to every process of a job, and torchrun passes on its own: one wish, not two.
+        again = signum == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        if not (self._deferred and (first or again)):
             raise Interrupted(signum)
 
     def __enter__(self) -> "Interruption":
@@ -54,8 +57,3 @@ class Interruption:
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it; 0 when there was none."""
-        return 128 + self.signum if self.signum else 0

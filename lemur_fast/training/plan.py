@@ -74,7 +74,6 @@ def plan(
     sync_every: bool,
     device: str,
     mfu: float,
-    document_tokens: int | None = None,
 ) -> Plan:
     """Estimate one step of `micro_batches` rows of `seq_len` tokens on each of `gpus` GPUs.
 
@@ -88,7 +87,6 @@ def plan(
         sync_every: whether gradients are reduced after every micro-batch.
         device: a name of `PEAKS`.
         mfu: share of the peak that is assumed to be reached.
-        document_tokens: length of the documents in a row; default: one that fills it.
 
     Raises:
         ValueError: the device has no known peak, or a number is out of range.
@@ -126,6 +124,5 @@ def plan(
         "activations, bfloat16": 2 * seq_len * (kept * layers + once + 4 * h),
         "loss: logits and the output layer's gradient": 2 * LOSS_LOGITS + 4 * output,
     }
-    document = document_tokens or seq_len
-    flops = model_flops(config, [document], document) / document
+    flops = model_flops(config, [seq_len], seq_len) / seq_len  # of documents that fill a row
     return Plan(parameters, gpus, shards, device, parts, flops, mfu, peak, 12.0 * parameters)

@@ -218,6 +218,7 @@ LARGER = {
 
 @pytest.mark.parametrize("name", LARGER)
 def test_the_same_bits_twice(device, name):
+    torch.use_deterministic_algorithms(False)  # as users run it; the mode also changes which backend serves
     call = LARGER[name]().on(device, torch.bfloat16)
     first = bits(call)
     for _ in range(3):

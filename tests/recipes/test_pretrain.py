@@ -341,7 +341,8 @@ def test_help_teaches(capsys, pretrain):
 
 
 def test_presets_change_defaults_and_flags_win(pretrain):
-    assert pretrain.parse([]) == pretrain.Pretrain()
+    assert pretrain.parse([]) == pretrain.Pretrain(mixture={"code": 10.0, "text": 1.0})
+    assert pretrain.parse(["--mixture", "stack", "3", "docs", "1"]).mixture == {"stack": 3.0, "docs": 1.0}
     args = pretrain.parse(["--preset", "smollm2-135m", "--lr", "3e-5"])
     assert (args.seq_len, args.lr) == (2048, 3e-5)
     assert pretrain.PRESETS["tiny"].batch_tokens % pretrain.PRESETS["tiny"].seq_len == 0

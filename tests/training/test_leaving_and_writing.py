@@ -108,14 +108,23 @@ def test_the_first_signal_waits_and_the_second_does_not(signum):
             os.kill(os.getpid(), signum)
             finished = True
         assert finished
-        assert interruption.exit_code == 128 + signum
+        assert interruption.signum == signum
         with pytest.raises(Interrupted, match=signal.Signals(signum).name), interruption.deferred():
             os.kill(os.getpid(), signum)
     assert signal.getsignal(signum) is before
 
 
+def test_a_scheduler_s_second_sigterm_is_the_same_wish(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with Interruption() as interruption:
+        with interruption.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signum == signal.SIGTERM
+
+
 def test_a_signal_outside_deferred_work_is_raised_at_once():
     with Interruption() as interruption:
-        assert interruption.exit_code == 0
+        assert interruption.signum is None
         with pytest.raises(Interrupted, match="SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
