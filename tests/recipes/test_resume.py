@@ -69,6 +69,7 @@ def assert_near(folder, whole):
 
 
 def kill_and_resume(tmp_path, store, whole, times, seed):
+    print(f"seed {seed}")  # pytest shows it with a failure
     rng = random.Random(seed)
     folder, killed = tmp_path / "run", 0
     for _ in range(times):
