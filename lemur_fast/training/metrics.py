@@ -1,5 +1,6 @@
 """What a run reports: a line of JSON a step, the same in TensorBoard and other trackers, a picture of the losses."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -96,7 +97,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take it does not take now; that was said
+            self._file.close()
         self._board.close()
         if self._tracker is not None:
             self._tracker.finish()

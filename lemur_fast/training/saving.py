@@ -1,8 +1,14 @@
 """Run folders, and models saved so that stock transformers loads them."""
 
+import fcntl
 import itertools
+import os
+import platform
+import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,19 +24,8 @@ from transformers import (
 
 from lemur_fast.files import staged_folder
 
-
-def numbered_folder(base: str | Path) -> Path:
-    """Make and return the first of `base`, `base-2`, `base-3`, ... that does not exist or is an empty folder."""
-    base = Path(base)
-    for number in itertools.count(1):
-        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not folder.is_dir() or any(folder.iterdir()):
-                continue
-        return folder
-    raise AssertionError("unreachable")
+LOCK = ".lock"
+"""In a run's folder, held by the process that is at work there."""
 
 
 def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
@@ -38,36 +33,83 @@ def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, r
 
     Args:
         out: the folder that the user asked for, or None for `default`, numbered when it is taken.
-        default: such as `runs/pretrain-tiny`.
+        default: such as `runs/pretrain-tiny`; the next ones are `runs/pretrain-tiny-2`, `-3` and so on.
         overwrite: delete the earlier run in `out`.
         resume: return the run that is in `out`, or the latest of the numbered ones, if there is one.
 
     Raises:
-        FileExistsError: `out` is not empty, and was not to be deleted or is no run.
+        FileExistsError: `out` is not empty, and was not to be deleted, is no run, or is at work.
         OSError: the folder cannot be made.
     """
+    default = Path(default)
     if resume:
-        runs = [out] if out else sorted(Path(default).parent.glob(f"{Path(default).name}*"), key=_number)
+        numbers = _numbered(default)
+        runs = [out] if out else sorted(numbers, key=lambda run: numbers[run])
         runs = [run for run in runs if (run / "run.json").is_file()]
         if runs:
-            for left in (*runs[-1].glob(".*.partial"), *runs[-1].glob(".*.old")):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
             return runs[-1]
     if out is None:
-        return numbered_folder(default)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        for number in itertools.count(1):
+            folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
+            if not _taken(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                return folder
+    assert out is not None
+    if _taken(out):
         if not overwrite:
             raise FileExistsError(f"--out {out} is not empty: choose another folder, or delete it with --overwrite")
         if not (out / "run.json").is_file():
             raise FileExistsError(f"--overwrite: {out} holds no run.json, so it is no run, and is left alone")
-        shutil.rmtree(out)
-    return numbered_folder(out)
+        with claimed(out):
+            shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
-def _number(run: Path) -> int:
-    """The number at the end of a run's name; those of other names come first."""
-    last = run.name.rpartition("-")[2]
-    return int(last) if last.isdecimal() else 1
+def _taken(folder: Path) -> bool:
+    """Whether something is there that a new run must not touch."""
+    if folder.is_dir():
+        return any(path.name != LOCK for path in folder.iterdir())
+    return folder.exists() or folder.is_symlink()
+
+
+def _numbered(default: Path) -> dict[Path, int]:
+    """The folders that `run_folder` has made of `default`, with their numbers."""
+    found = {}
+    for path in default.parent.glob("*"):
+        if match := re.fullmatch(rf"{re.escape(default.name)}(?:-(\d+))?", path.name):
+            found[path] = int(match[1] or 1)
+    return found
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in the folder of a run; what a killed one has left half written is deleted.
+
+    The system itself gives the folder free when the process ends, however it does.
+
+    Raises:
+        FileExistsError: another process is at work there.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise FileExistsError(
+                f"{folder} is in use by {lock.read() or 'another run'}; choose another --out"
+            ) from None
+        except OSError as error:  # some cluster file systems have no locks
+            warnings.warn(f"{folder} cannot be locked ({error.strerror}): no second run may use it", stacklevel=2)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        for left in (*folder.glob(".*.partial*"), *folder.glob(".*.old")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+        yield
 
 
 def save_model(

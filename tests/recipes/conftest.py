@@ -58,13 +58,18 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = Path(os.__file__).parent
     code = [(path.name, path.read_text(), "PSF-2.0") for path in sorted(library.glob("[a-e]*.py"))]
     text = [(title, topics[title], "PSF-2.0") for title in sorted(topics)[:40]]
+    folder = tmp_path_factory.mktemp("data") / "store"
+    make_store(folder, code, text)
+    return folder
+
+
+def make_store(folder: Path, code: list[tuple[str, str, str]], text: list[tuple[str, str, str]]) -> None:
+    """A token store of documents: name, content and licence of each."""
     sources = [
         Generated("library", "code", "a test", "PSF-2.0", lambda: iter(code)),
         Generated("topics", "text", "a test", "PSF-2.0", lambda: iter(text)),
     ]
-    folder = tmp_path_factory.mktemp("data") / "store"
     build_store(folder, sources, load_tokenizer(), Settings(held_out=0.2), workers=1, progress=False)
-    return folder
 
 
 def micro(*arguments: Any) -> list[str]:

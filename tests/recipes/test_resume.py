@@ -1,7 +1,9 @@
 """Killed at any moment, on any number of processes, resumed: the run that was never stopped."""
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -11,7 +13,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.recipes.conftest import launch, metrics, run
+from lemur_fast.training.saving import claimed
+from tests.recipes.conftest import launch, make_store, metrics, run
 
 STEPS = 9
 COMMON = ("--steps", STEPS, "--checkpoint-every", 3, "--eval-every", 5, "--sample-tokens", 0)
@@ -165,6 +168,33 @@ def test_a_process_that_dies_ends_the_others_and_a_rerun_resumes(pretrain, tmp_p
     assert_near(folder, whole)
 
 
+def test_two_processes_stop_together_when_torchrun_is_told_to(pretrain, tmp_path, small_store, whole):
+    folder = tmp_path / "run"
+    process = launch(*COMMON, "--out", folder, "--data", small_store, processes=2)
+    wait_for(process, folder, 4)
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    stopped = json.loads((folder / "run.json").read_text())
+    assert stopped["outcome"] == f"stopped by SIGTERM after step {stopped['steps_done']} of {STEPS}", printed
+    assert (folder / "model" / "model.safetensors").exists()
+    assert sorted((folder / "checkpoints").iterdir())[-1].name == f"step-{stopped['steps_done']:08d}"
+    assert run(pretrain, *COMMON, "--out", folder, "--data", small_store, "--resume", "auto") == 0
+    assert_near(folder, whole)
+
+
+def test_processes_wait_for_the_one_that_saves_and_hear_that_it_could_not(tmp_path, small_store, whole):
+    folder = until_step(tmp_path, whole, STEPS)
+    (folder / "loss.png").unlink()
+    (folder / "loss.png" / "in the way").mkdir(parents=True)
+    process = launch(*COMMON, "--out", folder, "--data", small_store, "--resume", "auto", processes=2)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    told = re.findall(r"process (\d) of 2 stops: \[Errno \d+\] .*loss\.png.* with --resume auto", printed)
+    assert sorted(told) == ["0", "1"], printed
+    assert (folder / "model" / "model.safetensors").exists()
+
+
 def test_a_damaged_checkpoint_is_passed_over(pretrain, tmp_path, small_store, whole, capsys):
     folder = until_step(tmp_path, whole, STEPS)
     shards = sorted((folder / "checkpoints").glob("*/__0_0.distcp"))
@@ -198,19 +228,23 @@ def test_another_run_is_not_resumed(pretrain, tmp_path, small_store, whole, caps
     before = (folder / "metrics.jsonl").read_text()
     arguments = (*COMMON, "--out", folder, "--data", small_store, "--resume", "auto", *changes)
     assert run(pretrain, *arguments) == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err)
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_other_documents_are_not_resumed(pretrain, tmp_path, small_store, whole, capsys, monkeypatch):
-    from lemur_fast.data.store import Documents
-
+def test_other_documents_are_not_resumed(pretrain, tmp_path, whole, capsys):
     folder = until_step(tmp_path, whole, STEPS)
-    monkeypatch.setattr(Documents, "fingerprint", lambda self: "another")
-    assert run(pretrain, *COMMON, "--out", folder, "--data", small_store, "--resume", "auto") == 2
+    documents = [(f"{i}", f"The document of number {i} is about {i * i}. " * 40, "CC0-1.0") for i in range(60)]
+    make_store(tmp_path / "other", documents[:30], documents[30:])
+    assert run(pretrain, *COMMON, "--out", folder, "--data", tmp_path / "other", "--resume", "auto") == 2
     assert "--documents was" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(pretrain, tmp_path, small_store, whole, capsys):
+    folder = until_step(tmp_path, whole, STEPS)
+    with claimed(folder):
+        assert run(pretrain, *COMMON, "--out", folder, "--data", small_store, "--resume", "auto") == 2
+    assert f"{folder} is in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_settings_change_when_that_is_asked_for(pretrain, tmp_path, small_store, whole):

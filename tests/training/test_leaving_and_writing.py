@@ -15,7 +15,7 @@ from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.files import staged_file, staged_folder, write_json
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
-from lemur_fast.training.saving import run_folder, save_model
+from lemur_fast.training.saving import claimed, run_folder, save_model
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
@@ -57,6 +57,39 @@ def test_run_folders_are_numbered_and_never_taken_over(tmp_path):
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
     assert run_folder(base, "unused", overwrite=True) == base
     assert list(base.iterdir()) == []
+
+
+def test_the_latest_run_is_told_by_its_number(tmp_path):
+    for name in ("tiny", "tiny-2", "tiny-10", "tiny-exp-20", "tiny2", "tiny-30"):
+        (tmp_path / name).mkdir()
+        if name != "tiny-30":  # killed before it was a run
+            (tmp_path / name / "run.json").touch()
+    assert run_folder(None, tmp_path / "tiny", resume=True) == tmp_path / "tiny-10"
+    assert run_folder(tmp_path / "tiny2", tmp_path / "tiny", resume=True) == tmp_path / "tiny2"
+    assert run_folder(None, tmp_path / "other", resume=True) == tmp_path / "other"
+
+
+def test_a_folder_is_one_process_s_until_that_is_gone(tmp_path):
+    (tmp_path / "run.json").touch()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # holds the folder until it is killed, in the middle of writing
+        with claimed(tmp_path), staged_folder(tmp_path / "model"), staged_file(tmp_path / "loss.png") as picture:
+            picture.touch()
+            os.write(writer, b"x")
+            signal.pause()
+    os.read(reader, 1)
+    with pytest.raises(FileExistsError, match=rf"is in use by process {child} on "), claimed(tmp_path):
+        pass
+    with pytest.raises(FileExistsError, match=f"is in use by process {child} on "):
+        run_folder(tmp_path, "unused", overwrite=True)
+    assert len(list(tmp_path.glob(".*partial*"))) == 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with claimed(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "run.json"]
+    (tmp_path / "run.json").unlink()
+    assert run_folder(tmp_path, "unused") == tmp_path  # the lock alone is nobody's work
 
 
 @pytest.mark.parametrize("tied", [False, True])

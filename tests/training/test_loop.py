@@ -1,15 +1,19 @@
 """A step of the loop: it waits for nothing, and its figures are those of the tokens."""
 
+import types
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemur_fast as lf
 from lemur_fast.packing import PackedBatch
+from lemur_fast.training import loop
 from lemur_fast.training.activations import checkpoint_activations
 from lemur_fast.training.distributed import shard
 from lemur_fast.training.guard import Guard
-from lemur_fast.training.loop import train_step
+from lemur_fast.training.loop import StepFacts, Telemetry, train_step
+from lemur_fast.training.metrics import MetricsLog
 from lemur_fast.training.optimizer import adamw, clip_gradients
 
 
@@ -81,6 +85,43 @@ def test_a_step_never_waits_for_the_device(parts, world, mode, monkeypatch):
         torch.ones(()).item()
     assert waits.names, "this test could not see a wait"
     assert copied.read()[0] > 0
+
+
+class OnDevice:
+    """Figures that a device has ready at some time."""
+
+    def __init__(self, clock, ready):
+        self.clock, self.ready = clock, ready
+
+    def there(self):
+        return self.clock.now >= self.ready
+
+    def read(self):
+        self.clock.now = max(self.clock.now, self.ready)
+        return [2.0, 1.0, 0.0, 0.0, 2.0 * 49, 49.0]
+
+
+@pytest.mark.parametrize(
+    ("queueing", "computing", "expected"),
+    [(1.0, 4.0, [4.0, 4.0, 4.0]), (1.0, 0.5, [1.0, 1.0, 1.0]), (1.0, 1.5, [1.0, 1.0, 2.5])],
+    ids=["the device is behind", "the host is behind", "the device is a little behind"],
+)
+def test_the_time_of_steps_that_overlap_is_counted_once(
+    make_model, world, tmp_path, monkeypatch, queueing, computing, expected
+):
+    clock = types.SimpleNamespace(now=10.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    about = {"peak": 1e12, "source_names": ["a"], "steps": 3, "batch_tokens": 50}
+    with MetricsLog(tmp_path) as log, Telemetry(log, world, make_model().config, **about) as telemetry:
+        free = clock.now  # when the device is
+        for step in (1, 2, 3):
+            telemetry.begin()
+            free = max(free, clock.now) + computing
+            clock.now += queueing
+            telemetry.queued(StepFacts(step, [50], 49, 0.1, 0.0, list), OnDevice(clock, free))
+        telemetry.flush()
+    assert telemetry.seconds == sum(expected)
+    assert 50 / torch.tensor(log.series("speed/tokens_per_s")[1]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("longest", [1e-3, 1e3])

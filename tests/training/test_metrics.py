@@ -24,6 +24,16 @@ def test_a_resumed_log_drops_what_comes_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_a_full_disk_does_not_end_a_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsLog(tmp_path) as log:
+        log.write(1, loss=2.0)
+        log.write(2, loss=1.0)
+        assert log.series("loss") == ([1, 2], [2.0, 1.0])  # what the run prints and draws at its end
+    printed = capsys.readouterr().out
+    assert printed.count("metrics.jsonl cannot be written ([Errno 28] No space left on device)") == 1
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_a_tracker_gets_everything(tmp_path, monkeypatch, tracker):
     calls = []
