@@ -7,7 +7,8 @@ Growth should be linear in tokens (for documents of one length), in documents, i
 each curve the exponent of the power law through its points is printed, 1 where it is linear; a call's fixed cost pulls
 it below 1, so that of the last step stands beside it. Each point is a forward and a backward, timed in turns with the
 plain torch that `benchmarks.peers` calls eager; the memory is what a call holds at its peak beside its inputs. The
-packer's plan is on the host, and has a curve of its own. Each rival is checked against float64 at its smallest size.
+packer's plan is on the host, and has a curve of its own where the device is the CPU. Each rival is checked against
+float64 at its smallest size.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def measure(op: str, axis: str, smallest: int, point: Callable, arguments: Argum
 
 
 def measure_packing(arguments: Arguments) -> list[Row]:
-    """The packer's plan against documents: on the host, whatever the device."""
+    """The packer's plan against documents, on the host."""
     from benchmarks.packing import lengths_of_text, rows_of_plan
 
     rows = []
@@ -184,7 +185,8 @@ def main(arguments: Arguments) -> list[Row]:
     console = Console(width=170, highlight=False)
     device = torch.device(arguments.device)
     console.print(machine(device))
-    names = list(dict.fromkeys([op for op, *_ in CURVES] + ["packing.plan"]))
+    # The packer is no GPU's: its rows would bear that machine's name.
+    names = list(dict.fromkeys([op for op, *_ in CURVES] + ["packing.plan"] * (device.type == "cpu")))
     chosen = [name for name in names if not arguments.only or any(part in name for part in arguments.only)]
     if not chosen:
         raise SystemExit(f"--only: got {arguments.only}; takes parts of {', '.join(names)}")
