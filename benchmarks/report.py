@@ -270,6 +270,7 @@ class Curve:
     sizes: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     spreads: list[float] = field(default_factory=list)
+    share: str = ""
     peak_bytes: list[float] = field(default_factory=list)
 
     @property
@@ -300,6 +301,7 @@ def curves(lines: Iterable[Line]) -> list[Curve]:
         curve = found[key_of(line)]
         curve.sizes.append(next(iter(line["at"].values())))
         curve.seconds.append(line["median"])
+        curve.share = share_of(line)  # in the end that of the largest
         curve.spreads += [] if line.get("spread") is None else [line["spread"]]
         curve.peak_bytes.append(line.get("peak_bytes") or math.nan)
     return [curve for curve in found.values() if len(curve.sizes) > 1]
@@ -319,13 +321,13 @@ def growth_table(lines: list[Line]) -> list[str]:
         known = mine is not None and mine is not c and mine.sizes[-1] == c.sizes[-1]
         ratio = f"{c.seconds[-1] / mine.seconds[-1]:.2f}" if mine and known else ""
         label = [c.case, c.direction, c.dtype, c.rival]
-        rows.append([*label, sizes, ends, spread, f"{c.exponent:.2f}", f"{c.last_step:.2f}", told, ratio])
+        rows.append([*label, sizes, ends, spread, f"{c.exponent:.2f}", f"{c.last_step:.2f}", told, c.share, ratio])
     headings = ("case", "direction", "dtype", "", "size", "time", "largest ±", "exponent", "exponent of the last step")
     return [
-        "Growth as size to the power of the exponent: 1 is linear; below, a call's fixed cost still counts. x: how",
-        "many times as fast as the one in the row lemur_fast is at the largest size.",
+        "Growth as size to the power of the exponent: 1 is linear; below, a call's fixed cost still counts. Share and",
+        "x are those at the largest size; x: how many times as fast as the one in the row lemur_fast is.",
         "",
-        *markdown([*headings, "peak memory of the call", "x at the largest"], rows),
+        *markdown([*headings, "peak memory of the call", "share", "x"], rows),
     ]
 
 

@@ -133,18 +133,25 @@ def test_exponents_of_growth(tmp_path):
         assert math.isclose(curve.exponent, power, abs_tol=1e-9)
         assert math.isclose(curve.last_step, power, abs_tol=1e-9)
     text = report.report(lines, tmp_path / "benchmarks.md")
-    assert "| power 2 |  |  | lemur_fast | tokens 1 to 8 | 1 ms to 64 ms | once | 2.00 | 2.00 | 1 to 8 MB |  |" in text
+    assert (
+        "| power 2 |  |  | lemur_fast | tokens 1 to 8 | 1 ms to 64 ms | once | 2.00 | 2.00 | 1 to 8 MB |  |  |" in text
+    )
 
 
 def test_growth_compares_at_the_largest_size_and_keeps_dtypes_apart(tmp_path):
     some = [
-        Row("scaling", "op", rival, dtype=dtype, at={"tokens": t}, seconds=[s * t, s * t * 1.2])
+        Row("scaling", "op", rival, dtype=dtype, at={"tokens": t}, seconds=[s * t, s * t * 1.2], copy_seconds=s / 2 * t)
         for rival, dtype, s in (("lemur_fast", "float32", 1e-3), ("eager", "float32", 3e-3), ("eager", "float16", 1.0))
         for t in (1, 2)
     ]
     text = report.report(report.read([written(tmp_path, some)]), tmp_path / "benchmarks.md")
-    assert "| op |  | float32 | eager | tokens 1 to 2 | 3.3 ms to 6.6 ms | ±9% | 1.00 | 1.00 |  | 3.00 |" in text
-    assert "| op |  | float16 | eager | tokens 1 to 2 | 1.1 s to 2.2 s | ±9% | 1.00 | 1.00 |  |  |" in text
+    assert (
+        "| op |  | float32 | eager | tokens 1 to 2 | 3.3 ms to 6.6 ms | ±9% | 1.00 | 1.00 |  | 45% of copy | 3.00 |"
+        in text
+    )
+    assert (
+        "| op |  | float16 | eager | tokens 1 to 2 | 1.1 s to 2.2 s | ±9% | 1.00 | 1.00 |  | 45% of copy |  |" in text
+    )
 
 
 def step(name, *seconds, shape="9 tokens", **rest):
