@@ -46,23 +46,34 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-# Each writes its rows for the report. A benchmark that fails, or misses its bar, does not keep the others from running.
-BENCHMARKS := "train_step --rounds 3" "attention --steps 5" "ops --seconds 12" "packing --documents 200000" scaling \
-	host_overhead "chat --conversations 16 --rounds 1"
+# On two cores about a quarter of an hour. DEVICE=cuda: on a GPU, ten minutes at most, for each of the four has its limit.
+# A benchmark that fails, misses its bar or is over its time does not keep the others from running; what it has written
+# until then is in the report.
+BENCHMARKS_cpu := "train_step --rounds 3" "attention --steps 5" "ops --seconds 6" scaling
+BENCHMARKS_cuda := "train_step --model llama-2-7b --batch drawn --rounds 8" \
+	"attention --tokens 16384 --heads 32 --kv-heads 32 --head-dim 128 --seconds 2" \
+	"ops --shapes llama-2-7b small llama-2-13b llama-2-70b --rounds 15 --seconds 1" "scaling --seconds 0.5"
+LIMIT_cuda := timeout --signal=INT --kill-after=5 135
+OF_CPU := "packing --documents 200000" host_overhead "chat --conversations 8 --rounds 3"
 WITHOUT_ROWS := dedup data pretrain
 
+bench: DEVICE ?= cpu
+bench: ROWS = runs/bench$(filter-out -cpu,-$(DEVICE))
 bench: $(INSTALLED)
-	mkdir -p runs/bench
-	@failed=; for run in $(BENCHMARKS); do \
-	  set -- $$run; \
-	  echo "$(BIN)/python -m benchmarks.$$* --json runs/bench/$$1.jsonl"; \
-	  $(BIN)/python -m benchmarks.$$* --json runs/bench/$$1.jsonl || failed="$$failed $$1"; \
+	@case "$(DEVICE)" in cpu|cuda) ;; *) echo "DEVICE: got $(DEVICE); takes cpu or cuda" >&2; exit 2;; esac
+	mkdir -p $(ROWS)
+	@failed=; \
+	run() { name=$$1; shift; echo "$(BIN)/python -m benchmarks.$$name $$*"; \
+	  $(LIMIT_$(DEVICE)) $(BIN)/python -m benchmarks.$$name "$$@" || failed="$$failed $$name"; }; \
+	for each in $(BENCHMARKS_$(DEVICE)); do \
+	  set -- $$each; run $$* --device $(DEVICE) --json $(ROWS)/$$1.jsonl; \
 	done; \
-	for run in $(WITHOUT_ROWS); do \
-	  echo "$(BIN)/python -m benchmarks.$$run"; \
-	  $(BIN)/python -m benchmarks.$$run || failed="$$failed $$run"; \
+	for each in $(OF_CPU) $(WITHOUT_ROWS); do \
+	  set -- $$each; \
+	  if [ $(DEVICE) != cpu ]; then echo "left out: benchmarks.$$1, which measures the CPU alone"; continue; fi; \
+	  case " $(WITHOUT_ROWS) " in *" $$1 "*) run $$*;; *) run $$* --json $(ROWS)/$$1.jsonl;; esac; \
 	done; \
-	$(BIN)/python -m benchmarks.report --out runs/bench/benchmarks.md; \
+	$(BIN)/python -m benchmarks.report --results $(ROWS) --out $(ROWS)/benchmarks.md || failed="$$failed report"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 # The working tree against another commit: make bench-compare BASE=HEAD~1
@@ -70,8 +81,7 @@ bench-compare: $(INSTALLED)
 	$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
 # On the Python that has torch, without a network and without installing anything. DEVICE=cpu tries the program itself.
-DEVICE ?= cuda
-
+gpu-check: DEVICE ?= cuda
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --device $(DEVICE) $(ARGS)
 

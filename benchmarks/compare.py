@@ -14,6 +14,7 @@ no ratio.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +157,16 @@ class Commit:
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.names: list[str] = self._read()
+        try:
+            self.names: list[str] = self._read()
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
 
     def _read(self):
         assert self.process.stdout is not None
@@ -171,6 +181,19 @@ class Commit:
         self.process.stdin.write(name + "\n")
         self.process.stdin.flush()
         return self._read()
+
+
+@contextlib.contextmanager
+def running(base: Path, folder: Path, device: str) -> Iterator[list[Commit]]:
+    """The processes of the base and of the working tree; none outlives the block, nor the other's failure to start."""
+    commits: list[Commit] = []
+    try:
+        for tree, name in ((base, "b"), (ROOT, "o")):
+            commits.append(Commit(tree, folder / name, device))
+        yield commits
+    finally:
+        for each in commits:
+            each.end()
 
 
 def differs(ours: list[list[float]], base: list[list[float]]) -> bool:
@@ -243,18 +266,14 @@ def main() -> int:
     if arguments.rounds < 2:
         parser.error(f"--rounds: got {arguments.rounds}; takes 2 or more")
     commit = git("rev-parse", "--verify", f"{arguments.base}^{{commit}}")
-    commits = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
         git("worktree", "add", "--detach", str(tree), commit)
         try:
             print(f"base {git('log', '-1', '--format=%h %s', commit)}: {provide_compiled_part(tree)}", flush=True)
-            commits = [Commit(t, Path(folder) / n, arguments.device) for t, n in ((tree, "b"), (ROOT, "o"))]
-            lines = measure(*commits, arguments.rounds)
+            with running(tree, Path(folder), arguments.device) as (base, ours):
+                lines = measure(base, ours, arguments.rounds)
         finally:
-            for each in commits:
-                each.process.kill()
-                each.process.wait()
             git("worktree", "remove", "--force", str(tree))
     print(table(lines))
     return int(any("error" in line for line in lines))

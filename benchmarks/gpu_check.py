@@ -5,9 +5,10 @@
     python -m benchmarks.gpu_check --only tests train --again
 
 Each section runs in a process of its own, with a time limit, and writes a log: what fails, hangs or runs out of memory
-loses no other. On a GPU they have ten minutes together, and the compiled part is built for that GPU alone, unless
-LEMUR_FAST_CUDA_ARCHS says otherwise. A section that ended well is not run again for the same commit, device and
-versions (``--again`` does), so the command goes on where it was stopped, or where its time ended. The report and
+loses no other. On a GPU they have ten minutes together: each has seconds of its own, and what those before it left
+over. The compiled part must be built there with CUDA, and is for that GPU alone, unless LEMUR_FAST_CUDA and
+LEMUR_FAST_CUDA_ARCHS say otherwise. A section that ended well is not run again for the same commit, device and versions
+(``--again`` does), so the command goes on where it was stopped, or where its time ended. The report and
 `report.json` are written anew after every section, and the rows of the benchmarks lie beside them, for
 `python -m benchmarks.report --results gpu-check`.
 
@@ -20,14 +21,13 @@ import argparse
 import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 MINUTES = 10
-"""For all sections of a run on a GPU."""
+"""Of a run on a GPU, from its beginning to its report."""
+MARGIN = 10.0
+"""Seconds of them that no section gets: for its processes to end, and for the report."""
 LEAST = 15.0
 """Seconds; with less left, a section is not begun."""
+ON_CPU = 5
+"""How many times as long a section may take there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Section:
         name: what ``--only`` takes.
         about: for the report.
         command: of a device, what to run; after ``python``.
-        seconds: limit on a GPU, and twice that on a CPU.
+        seconds: that it has on a GPU whatever those before it take; see `limit_of`.
         rows: the name of its file of rows, where it writes one.
         on_cpu: whether it means anything on a CPU.
     """
@@ -89,21 +93,21 @@ def _tune(device: str) -> list[str]:
 
 LLAMA = {"heads": 32, "kv_heads": 32, "head_dim": 128}
 SECTIONS = (
-    Section("machine", "What is installed, built and chosen", lambda device: ["-m", "lemur_fast"], 60),
+    Section("machine", "What is installed, built and chosen", lambda device: ["-m", "lemur_fast"], 20),
     Section(
         "build",
         "The compiled part, built in place without isolation",
         lambda _: ["setup.py", "build_ext", "--inplace"],
-        240,
+        80,
     ),
     Section(
         "tests",
         "Every op and backend against float64, past 2^31 elements; a step without waits, in a CUDA graph, twice alike",
         _tests_of("-k", "not sanitizer"),
-        240,
+        95,
     ),
     Section(
-        "tune", "Which backend and which tiles are the fastest here; the sections below use what it finds", _tune, 150
+        "tune", "Which backend and which tiles are the fastest here; the sections below use what it finds", _tune, 65
     ),
     Section(
         "train",
@@ -113,7 +117,7 @@ SECTIONS = (
             {"model": "llama-2-7b", "batch": "drawn", "rounds": 8, "only": ["HF", "lemur_fast"]},
             {"batch": "drawn", "tokens": 128, "width": 64, "layers": 1, "rounds": 2, "only": ["HF sdpa", "lemur_fast"]},
         ),
-        240,
+        85,
         "train_step",
     ),
     Section(
@@ -124,7 +128,7 @@ SECTIONS = (
             {"tokens": 16384, **LLAMA, "seconds": 2.0},
             {"tokens": 256, "heads": 2, "kv_heads": 1, "steps": 3, "only": ["document"]},
         ),
-        120,
+        40,
         "attention",
     ),
     Section(
@@ -132,10 +136,10 @@ SECTIONS = (
         "The ops against everyone who has them",
         _program(
             "ops",
-            {"shapes": ["llama-2-7b", "llama-2-70b", "small"], "rounds": 15, "seconds": 3.0},
+            {"shapes": ["llama-2-7b", "small"], "rounds": 15, "seconds": 1.0},
             {"shapes": ["small"], "only": ["swiglu"], "rounds": 3},
         ),
-        150,
+        55,
         "ops",
     ),
     Section(
@@ -143,13 +147,21 @@ SECTIONS = (
         "How time and memory grow",
         _program(
             "scaling",
-            {"seconds": 1.0},
+            {"seconds": 0.5},
             {"smaller": 16, "points": 2, "rounds": 2, "seconds": 0.1, "only": ["swiglu", "packing"]},
         ),
-        90,
+        25,
         "scaling",
     ),
-    Section("sanitizer", "The kernels under compute-sanitizer", _tests_of("-k", "sanitizer"), 120, on_cpu=False),
+    Section(
+        "larger-ops",
+        "The ops at the shapes of LLaMA-2-13B and 70B",
+        _program("ops", {"shapes": ["llama-2-13b", "llama-2-70b"], "rounds": 15, "seconds": 1.0}, {}),
+        55,
+        "larger_ops",
+        on_cpu=False,
+    ),
+    Section("sanitizer", "The kernels under compute-sanitizer", _tests_of("-k", "sanitizer"), 40, on_cpu=False),
 )
 
 
@@ -168,7 +180,10 @@ def fingerprint(device: str) -> str:
     """What a result hangs on: where this changes, sections are run again."""
     from benchmarks.harness import commit, versions
 
-    changes = subprocess.run(["git", "-C", str(ROOT), "diff", "HEAD"], capture_output=True, check=False).stdout
+    try:
+        changes = subprocess.run(["git", "-C", str(ROOT), "diff", "HEAD"], capture_output=True, check=False).stdout
+    except OSError:  # no git
+        changes = b""
     known = f"{device}, Python {platform.python_version()}, {commit()}, {hashlib.sha1(changes).hexdigest()[:8]}"
     known += f", {versions()}"
     if device == "cuda":
@@ -178,13 +193,29 @@ def fingerprint(device: str) -> str:
     return known
 
 
-def run_section(section: Section, device: str, out: Path, left: float) -> tuple[str, float, str]:
-    """(state, seconds, end of what it printed); all of it goes into its log. `left` is the time of the whole run."""
+def limit_of(section: Section, later: Iterable[Section], device: str, end: float) -> float:
+    """Seconds that a section may take now.
+
+    On a GPU all that is left of the run but what the later sections have as their own: so none of them loses its time
+    to a section that hangs, a section gets what others have not used, and the run ends in time.
+
+    Args:
+        section: that is about to begin.
+        later: those that come after it in this run.
+        device: cuda or cpu.
+        end: of the whole run, by `time.monotonic`.
+    """
+    if device == "cpu":
+        return section.seconds * ON_CPU
+    return end - time.monotonic() - sum(each.seconds for each in later)
+
+
+def run_section(section: Section, device: str, out: Path, limit: float) -> tuple[str, float, str]:
+    """(state, seconds, end of what it printed); all of it goes into its log. It may take `limit` seconds."""
     command = section.command(device)
     if section.rows:
         command = [*command, str(out / f"{section.rows}.jsonl")]
     log = out / f"{section.name}.log"
-    limit = min(section.seconds * (1 if device == "cuda" else 2), left)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     # What is tuned stays in the folder of the check: the user's own tables are left alone.
     environment |= {"XDG_CACHE_HOME": str(out / "cache")}
@@ -192,7 +223,8 @@ def run_section(section: Section, device: str, out: Path, left: float) -> tuple[
         import torch
 
         major, minor = torch.cuda.get_device_capability()
-        environment = {"LEMUR_FAST_CUDA_ARCHS": f"{major}{minor}"} | environment
+        environment = {"LEMUR_FAST_CUDA": "1", "LEMUR_FAST_CUDA_ARCHS": f"{major}{minor}"} | environment
+    environment |= {"LEMUR_FAST_CHECK_SECONDS": f"{limit:.0f}"}  # for what divides them on, such as a test
     environment |= {"COLUMNS": "160", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     with log.open("w") as stream:
@@ -238,7 +270,7 @@ def write(out: Path, device: str, outcomes: list[Outcome], began: str) -> None:
         "",
         f"{known['machine']}; Python {known['python']}, "
         + ", ".join(f"{name} {version}" for name, version in known["versions"].items())
-        + f"; {known['commit']}; begun {began}.",
+        + f"; {known['commit']}; begun {began}, written {known['time']}.",
         "",
         f"{done} of {len(outcomes)} sections ended well, in {sum(outcome.seconds for outcome in outcomes):.0f} s.",
         "",
@@ -253,13 +285,13 @@ def write(out: Path, device: str, outcomes: list[Outcome], began: str) -> None:
     write_text(out / "gpu-report.md", "\n".join(text) + "\n")
 
 
-def load(out: Path) -> dict[str, Outcome]:
-    """Outcomes of an earlier run."""
+def load(out: Path) -> tuple[dict[str, Outcome], str]:
+    """Outcomes of an earlier run, and when it began."""
     try:
-        found = json.loads((out / "report.json").read_text())["sections"]
+        found = json.loads((out / "report.json").read_text())
+        return {outcome["name"]: Outcome(**outcome) for outcome in found["sections"]}, found["began"]
     except (OSError, ValueError, KeyError):
-        return {}
-    return {outcome["name"]: Outcome(**outcome) for outcome in found}
+        return {}, ""
 
 
 def run_program(module: str, given: str, rows: str) -> None:
@@ -286,6 +318,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the sections; 1 where one of those asked for did not end well."""
+    end = time.monotonic() + 60 * MINUTES - MARGIN
     import torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -295,23 +328,29 @@ def main(arguments: argparse.Namespace) -> int:
         return 2
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    known, began = load(out), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    known, began = load(out)
     current = fingerprint(arguments.device)
     sections = [section for section in SECTIONS if section.on_cpu or arguments.device == "cuda"]
     outcomes = [known.get(section.name, Outcome(section.name)) for section in sections]
     outcomes = [o if o.fingerprint == current else Outcome(o.name) for o in outcomes]
+    begun = [o for o in outcomes if o.state != "not run" and not (arguments.again and o.name in arguments.only)]
+    if not begun or not began:  # nothing is gone on with
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's processes end with this one
-    end = time.monotonic() + (60 * MINUTES if arguments.device == "cuda" else math.inf)
+    todo = [
+        (number, section)
+        for number, section in enumerate(sections)
+        if section.name in arguments.only and (outcomes[number].state != "done" or arguments.again)
+    ]
     # First what was never begun: a section that always fails must not keep the later ones from their turn.
-    for number, section in sorted(enumerate(sections), key=lambda each: outcomes[each[0]].state != "not run"):
-        if section.name not in arguments.only or (outcomes[number].state == "done" and not arguments.again):
-            continue
-        left = end - time.monotonic()
-        if left < LEAST:
+    todo.sort(key=lambda each: outcomes[each[0]].state != "not run")
+    for place, (number, section) in enumerate(todo, 1):
+        limit = limit_of(section, [later for _, later in todo[place:]], arguments.device, end)
+        if limit < LEAST and arguments.device == "cuda":
             print(f"{section.name}: not begun, for the {MINUTES} minutes are over; the same command goes on with it")
             continue
         print(f"{section.name}: {section.about} ...", flush=True)
-        state, seconds, tail = run_section(section, arguments.device, out, left)
+        state, seconds, tail = run_section(section, arguments.device, out, limit)
         outcomes[number] = Outcome(section.name, state, round(seconds, 1), current, tail)
         print(f"{section.name}: {state}, {seconds:.0f} s; {out / section.name}.log", flush=True)
         write(out, arguments.device, outcomes, began)

@@ -1,6 +1,6 @@
 """The ops, forward and backward, side by side: as a share of what this machine copies and multiplies.
 
-    python -m benchmarks.ops                            # bfloat16, LLaMA-2-7B's shapes and small ones, eight minutes
+    python -m benchmarks.ops                            # bfloat16, LLaMA-2-7B's, 13B's and small shapes, a quarter hour
     python -m benchmarks.ops --only swiglu --shapes small
     python -m benchmarks.ops --device cuda --shapes llama-2-7b llama-2-13b llama-2-70b small
     LEMUR_FAST_CPU=avx2 python -m benchmarks.ops        # the kernels of another instruction set
@@ -49,6 +49,9 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}
 """Relative error of the whole tensor; eager's own in 16 bits is about half."""
 
 
+Shape = Literal["llama-2-7b", "llama-2-13b", "llama-2-70b", "small"]
+
+
 @dataclass
 class Arguments:
     """Times the ops against everyone who has them."""
@@ -57,8 +60,8 @@ class Arguments:
     """Of every tensor."""
     device: str = "cpu"
     """Where: cpu or cuda."""
-    shapes: tuple[Literal["llama-2-7b", "llama-2-13b", "llama-2-70b", "small"], ...] = ("llama-2-7b", "small")
-    """4,096 tokens of each LLaMA-2, or of a 52 M model."""
+    shapes: tuple[Shape, ...] = ("llama-2-7b", "llama-2-13b", "small")
+    """4,096 tokens of each LLaMA-2, or of a 52 M model. Those of 70B take twice the memory of 13B's, about 11 GB."""
     only: tuple[str, ...] = ()
     """Parts of the names of the ops to run; all by default."""
     rounds: int = 9

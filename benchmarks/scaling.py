@@ -6,12 +6,15 @@
 Growth should be linear in tokens (for documents of one length), in documents, in the vocabulary and in the width. For
 each curve the exponent of the power law through its points is printed, 1 where it is linear; a call's fixed cost pulls
 it below 1, so that of the last step stands beside it. Each point is a forward and a backward, timed in turns with the
-plain torch that `benchmarks.peers` calls eager; the memory is what a call holds at its peak beside its inputs. The
-packer's plan is on the host, and has a curve of its own. Each rival is checked against float64 at its smallest size.
+plain torch that `benchmarks.peers` calls eager, and with a copy of the bytes that must be moved, whose share is told,
+or that of a large matrix product's rate; the memory is what a call holds at its peak beside its inputs. The packer's
+plan is on the host, and has a curve of its own where the device is the CPU. Each rival is checked against float64 at
+its smallest size.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,17 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks import attention, ops, peers
-from benchmarks.harness import Row, command_line, lines_of, machine, peak_above, phases_in_turns, write_rows
+from benchmarks.harness import (
+    Row,
+    command_line,
+    copy_run,
+    lines_of,
+    machine,
+    matrix_peak,
+    peak_above,
+    phases_in_turns,
+    write_rows,
+)
 from benchmarks.peers import Documents
 from benchmarks.report import curves, growth_table
 from lemur_fast import packing
@@ -54,14 +67,17 @@ class Arguments:
 
 
 def of_op(case: Callable[[int], ops.Case]) -> Callable[[int, torch.device, torch.dtype], Any]:
-    """A point of a curve of an op of `benchmarks.ops`: inputs, which of them want gradients, rivals, and a check."""
+    """A point of a curve of an op of `benchmarks.ops`.
+
+    That is inputs, which of them want gradients, rivals, a check, and the elements and the FLOPs that are counted.
+    """
 
     def point(size: int, device: torch.device, dtype: torch.dtype) -> Any:
         made = case(size)
         found, _ = peers.functions(made.name, device)
         inputs = ops.make_inputs(made, made.rows, dtype, device)
         check = lambda function: ops.check(made, function, str(dtype).split(".")[1], device)  # noqa: E731
-        return inputs, made.wanted, found, check
+        return inputs, made.wanted, found, check, made.forward + made.backward, made.flops
 
     return point
 
@@ -79,14 +95,20 @@ def of_attention(lengths: Callable[[int], list[int]]) -> Callable[[int, torch.de
         def check(function: Callable) -> str:
             return attention.check(function, inputs, attention.exact(*inputs, documents.lengths), name)
 
-        return inputs, (0, 1, 2), found, check
+        return inputs, (0, 1, 2), found, check, 0, 3.5 * 4 * 64 * 8 * documents.pairs  # as benchmarks.attention counts
 
     return point
 
 
 def _with_rows(make: Callable[..., ops.Case], *sizes: Any) -> Callable[[int], ops.Case]:
     """A case of `benchmarks.ops` with as many rows as asked for."""
-    return lambda rows: ops.Case(**{**vars(make(*sizes)), "rows": rows})
+
+    def case(rows: int) -> ops.Case:
+        made = vars(make(*sizes))
+        moved = {name: made[name] * rows // made["rows"] for name in ("forward", "backward")}
+        return ops.Case(**made | moved | {"rows": rows})
+
+    return case
 
 
 # (op, axis, smallest size on a CPU, the point of a size)
@@ -107,6 +129,12 @@ CURVES: list[tuple[str, str, int, Callable]] = [
 ]
 GROWS_ON_GPU = {"tokens": 16, "documents": 16, "vocabulary": 1, "width": 4}
 """How many times as large the sizes are there."""
+
+
+def dtype_of(arguments: Arguments) -> torch.dtype:
+    """The one asked for, or the device's."""
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    return getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
 
 
 def _call(function: Callable, inputs: list[Tensor], wanted: Any) -> Callable[[], Any]:
@@ -130,22 +158,22 @@ def _timed(call: Callable[[], Any]) -> Callable[[Callable[[], None]], None]:
     return run
 
 
-def measure(op: str, axis: str, smallest: int, point: Callable, arguments: Arguments) -> list[Row]:
-    """Rows of one curve."""
-    device = torch.device(arguments.device)
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+def measure(op: str, axis: str, smallest: int, point: Callable, arguments: Arguments, peak: float) -> list[Row]:
+    """Rows of one curve; `peak` is the rate of a matrix product."""
+    device, dtype = torch.device(arguments.device), dtype_of(arguments)
     smallest = smallest * (GROWS_ON_GPU[axis] if device.type == "cuda" else 1) // arguments.smaller
     rows, wrong = [], {}
     for number in range(arguments.points):
         size = max(1, smallest) << number
-        inputs, wanted, found, check = point(size, device, dtype)
+        inputs, wanted, found, check, elements, flops = point(size, device, dtype)
         rivals = {name: function for name, function in found.items() if name in RIVALS}
         if not number:
             wrong = {name: check(function) for name, function in rivals.items()}
 
         calls = {name: _call(function, inputs, wanted) for name, function in rivals.items() if not wrong[name]}
+        copy = {"copy": copy_run(elements * dtype.itemsize, device)} if elements else {}
         timings = phases_in_turns(
-            {name: _timed(run) for name, run in calls.items()},
+            {name: _timed(run) for name, run in calls.items()} | copy,
             device=device,
             rounds=arguments.rounds,
             budget=arguments.seconds,
@@ -153,6 +181,9 @@ def measure(op: str, axis: str, smallest: int, point: Callable, arguments: Argum
         for name in rivals:
             row = Row("scaling", op, name, f"{axis} {size}", "both", str(dtype).split(".")[1], error=wrong[name])
             row.at = {axis: size}
+            row.bytes = elements * dtype.itemsize or None
+            row.copy_seconds = statistics.median(timings["copy"].seconds[0]) if elements else None
+            row.flops, row.peak_flops = (flops, peak) if flops else (None, None)
             if name in calls:
                 row.seconds, row.peak_bytes = timings[name].seconds[0], peak_above(calls[name])
             rows.append(row)
@@ -160,7 +191,7 @@ def measure(op: str, axis: str, smallest: int, point: Callable, arguments: Argum
 
 
 def measure_packing(arguments: Arguments) -> list[Row]:
-    """The packer's plan against documents: on the host, whatever the device."""
+    """The packer's plan against documents, on the host."""
     from benchmarks.packing import lengths_of_text, rows_of_plan
 
     rows = []
@@ -184,14 +215,16 @@ def main(arguments: Arguments) -> list[Row]:
     console = Console(width=170, highlight=False)
     device = torch.device(arguments.device)
     console.print(machine(device))
-    names = list(dict.fromkeys([op for op, *_ in CURVES] + ["packing.plan"]))
+    # The packer is no GPU's: its rows would bear that machine's name.
+    names = list(dict.fromkeys([op for op, *_ in CURVES] + ["packing.plan"] * (device.type == "cpu")))
     chosen = [name for name in names if not arguments.only or any(part in name for part in arguments.only)]
     if not chosen:
         raise SystemExit(f"--only: got {arguments.only}; takes parts of {', '.join(names)}")
     rows: list[Row] = []
     todo = [curve for curve in CURVES if curve[0] in chosen]
+    peak = matrix_peak(dtype_of(arguments), device)
     for curve in track(todo, "measuring", console=console, transient=True):
-        rows += measure(*curve, arguments)
+        rows += measure(*curve, arguments, peak)
         if arguments.json:
             write_rows(arguments.json, rows, device)
     if "packing.plan" in chosen:

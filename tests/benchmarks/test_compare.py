@@ -53,6 +53,25 @@ def test_a_wrong_base_is_named():
     assert "base: a commit is needed" in done.stderr
 
 
+@pytest.mark.parametrize("fails", ["b", "o"])
+def test_where_one_does_not_start_no_process_is_left(monkeypatch, tmp_path, fails):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncase $PWD in */{fails}) exit 3;; esac\necho '[]'\nexec sleep 60\n")
+    python.chmod(0o755)
+    started, start = [], subprocess.Popen
+
+    def watched(*given, **named):
+        started.append(start(*given, **named))
+        return started[-1]
+
+    monkeypatch.setattr(compare.sys, "executable", str(python))
+    monkeypatch.setattr(compare.subprocess, "Popen", watched)
+    with pytest.raises(SystemExit, match="ended with 3"), compare.running(tmp_path, tmp_path, "cpu"):
+        pass
+    assert len(started) == (1 if fails == "b" else 2)
+    assert all(process.poll() is not None for process in started)
+
+
 @pytest.mark.slow
 def test_a_commit_against_itself():
     command = [sys.executable, compare.__file__, "HEAD", "--rounds", "2"]

@@ -101,9 +101,20 @@ def test_the_bar_is_on_the_difference_to_the_bare_operator():
 
 
 def test_measure_names_everything_and_leaves_the_collector_as_it_was():
-    found = host_overhead.measure(CASES["swiglu"], rounds=1)
+    found = host_overhead.measure(CASES["swiglu"], rounds=3)
     assert {"ours", "plain", "bare", "C++"} <= set(found)
-    assert all(figure > 0 for figure in found.values())
+    assert all(len(rounds) == 3 and min(rounds) > 0 for rounds in found.values())
+
+
+def test_a_row_has_the_rounds_and_where_the_forward_goes():
+    seen = {name: [0.9 * us, us, 1.2 * us] for name, us in figures(20.0, 8.5).items()}
+    rows = {(row.rival, row.direction): row for row in host_overhead.rows_of({"op": seen})}
+    ours = rows["lemur_fast", "forward"]
+    assert ours.median == pytest.approx(20e-6)
+    assert ours.spread == pytest.approx(0.15)
+    assert ours.facts["checks_us"] == 10.0
+    assert rows["bare operator", "forward"].median == pytest.approx(8.5e-6)
+    assert rows["plain torch", "both"].spread == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(("bar", "status"), [(1e9, 0), (-1e9, 1)])

@@ -92,6 +92,12 @@ def test_every_rival_has_the_expected_loss(arguments, batch):
                 assert step() == pytest.approx(expected, rel=1e-5), name
 
 
+def test_on_a_gpu_ours_and_the_baseline_come_first_and_what_is_compiled_last(arguments, batch):
+    order = sorted(train_step.rivals(arguments, batch), key=train_step._turn)
+    assert order[:2] == [train_step.BASELINE, "lemur_fast"]
+    assert {"HF sdpa + compile", "lemur_fast + compile"} == set(order[-2:])
+
+
 def test_the_floor_multiplies_what_the_model_multiplies(arguments, batch):
     model = LlamaForCausalLM(train_step.model_config(arguments))
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))

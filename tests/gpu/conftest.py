@@ -18,8 +18,9 @@ if INTERPRETING:
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for where algorithms are deterministic
 
-OPTIONAL = ("cuda", "varlen", "flash_attn")
-"""Backends that a machine may lack, or that serve some calls alone. Any other that refuses is a failure."""
+OPTIONAL = ("varlen", "flash_attn", *(("cuda",) if torch.version.hip else ()))
+"""Backends that a machine may lack, or that serve some calls alone. Any other that refuses is a failure: on an NVIDIA
+GPU the CUDA kernels, too, for then they were not built, or not for this GPU, and would go untested in silence."""
 
 
 def on_gpu(*values: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lemur_fast as lf
 from tests.dense import bounds
+from tests.gpu.conftest import EVERY, on_gpu
 
 STRIDE = 2**24 + 8
 ROWS = 132  # the last three begin past element 2^31
@@ -76,7 +77,10 @@ def test_linear_cross_entropy(backend, place):
     compare(place, lambda hidden: lf.ops.linear_cross_entropy(hidden, weight, labels), random(ROWS, 64, device=place))
 
 
-def test_attention(backend, place):
+@pytest.mark.parametrize(
+    "served", [EVERY[0], *(on_gpu(("cuda", name)) for name in ("triton", "reference"))], ids="-".join
+)
+def test_attention(served, backend, place):
     cu = bounds(70, 30, 32).to(place)
     q, k, v = (random(ROWS, heads, 64, device=place) for heads in (2, 1, 1))
     compare(place, lambda q, k, v: lf.ops.attention(q, k, v, cu), q, k, v)

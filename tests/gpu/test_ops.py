@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch.nn import functional
 
 import lemur_fast as lf
 from benchmarks import peers
+from lemur_fast.dispatch import BackendError
 from tests.dense import bounds, dense
-from tests.gpu.conftest import EVERY, on_gpu
+from tests.gpu.conftest import EVERY, on_gpu, pytest_pyfunc_call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -182,6 +184,17 @@ def test_a_wrong_element_is_seen(row, column):
 @pytest.mark.parametrize("name", CALLS)
 def test_matches_float64(backend, place, name, dtype):
     check(CALLS[name]().on(place, dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("cuda", BackendError), ("triton", BackendError), ("flash_attn", pytest.skip.Exception)]
+)
+def test_a_backend_that_every_gpu_has_may_not_refuse(name, outcome):
+    """CUDA kernels that were not built are a failure; a package that is not installed is none."""
+    call = pytest_pyfunc_call(SimpleNamespace(funcargs={"backend": name}))
+    next(call)
+    with pytest.raises(outcome, match="was not built"):
+        call.throw(BackendError("it was not built"))
 
 
 attention_backends = pytest.mark.parametrize(

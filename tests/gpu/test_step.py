@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,15 +135,63 @@ print("ran all")
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_compute_sanitizer(gpu, tool):
-    """Every op's kernels under each of its tools."""
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SECONDS = float(os.environ.get("LEMUR_FAST_CHECK_SECONDS", 315)) - 15
+"""For all tools; `make gpu-check` says how long its section has, and pytest begins and ends within it, too."""
+
+
+@contextmanager
+def under_every_tool(program: str, folder: Path, seconds: float) -> Iterator[Callable[[str], tuple[int | None, str]]]:
+    """Tool -> how `SANITIZED` ended under it, None where it did not in time, and what was printed.
+
+    All tools begin at once: what takes long is the host, which compiles and instruments.
+    """
+    end, running = time.monotonic() + seconds, {}
+    for tool in TOOLS:
+        command = [program, f"--tool={tool}", "--error-exitcode=3", sys.executable, "-c", SANITIZED]
+        with (folder / tool).open("w") as stream:
+            running[tool] = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+
+    def ended(tool: str) -> tuple[int | None, str]:
+        try:
+            code = running[tool].wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = None
+        return code, (folder / tool).read_text(errors="replace")
+
+    try:
+        yield ended
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[int | None, str]]]:
+    """See `under_every_tool`."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [program, f"--tool={tool}", "--error-exitcode=3", sys.executable]
-    done = subprocess.run([*command, "-c", SANITIZED], capture_output=True, text=True, timeout=300, check=False)
-    if "Device not supported" in done.stdout + done.stderr:
+    with under_every_tool(program, tmp_path_factory.mktemp("sanitizer"), SECONDS) as ended:
+        yield ended
+
+
+def test_a_tool_that_hangs_takes_no_time_from_the_others(tmp_path):
+    stand_in = tmp_path / "tool"
+    stand_in.write_text("#!/bin/sh\ncase $1 in *memcheck) exec sleep 60;; *racecheck) echo a race; exit 3;; esac\n")
+    stand_in.chmod(0o755)
+    with under_every_tool(str(stand_in), tmp_path, 2.0) as ended:
+        found = [ended(tool) for tool in TOOLS]
+    assert found == [(None, ""), (3, "a race\n"), (0, ""), (0, "")]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_compute_sanitizer(gpu, sanitized, tool):
+    """Every op's kernels under each of its tools."""
+    code, printed = sanitized(tool)
+    if "Device not supported" in printed:
         pytest.skip("compute-sanitizer does not support this device")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "ran all" in done.stdout
+    assert code is not None, f"not done after {SECONDS:.0f} s: {printed[-2000:]}"
+    assert code == 0, printed[-6000:]
+    assert "ran all" in printed
