@@ -54,7 +54,7 @@ from lemur_fast.data.chat.chatml import END, ChatEncoder, Overlong, add_chat_tok
 from lemur_fast.data.chat.conversation import Unfit, checked
 from lemur_fast.data.chat.example import show
 from lemur_fast.data.chat.sources import ChatSource, embedded_chat_sources, parse_source
-from lemur_fast.data.chat.store import build_chat_store, describe
+from lemur_fast.data.chat.store import NEAR_DUPLICATES, build_chat_store, describe
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
 from lemur_fast.data.store import TokenStore
@@ -115,6 +115,9 @@ class Chat:
     overlong: Overlong = "split"
     """Conversations longer than a row. split: into pieces, each with the system message and whole exchanges of question
     and answer. truncate: the first such piece stays. drop: nothing stays. What is lost is counted."""
+    near_duplicates: float = NEAR_DUPLICATES
+    """Jaccard similarity of 5-word shingles from which on a conversation is dropped for an earlier one; 0 keeps near
+    duplicates. Conversations of fewer than 10 words are dropped only as exact copies."""
     held_out: float = 0.05
     """Share of the conversations kept from training, to measure on; those that begin alike stay together."""
     show_example: bool = False
@@ -270,7 +273,8 @@ def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, n
     """Open --data or what an interrupted run has tokenized, or tokenize the sources."""
     where = args.data or folder / "data"
     if args.data is None and not where.exists():
-        options = {"overlong": args.overlong, "held_out": args.held_out, "tokenizer_notice": notice}
+        options = {name: getattr(args, name) for name in ("overlong", "near_duplicates", "held_out")}
+        options["tokenizer_notice"] = notice
         build_chat_store(where, chosen_sources(args), tokenizer, args.seq_len, **options)
     store = TokenStore(where)
     if "chat" not in store.manifest:
@@ -282,7 +286,7 @@ def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, n
             f"the model's ({len(tokenizer)} tokens)"
         )
     made = store.manifest["chat"] | {"held_out": store.manifest["held_out"]}
-    for name in ("overlong", "held_out"):
+    for name in ("overlong", "near_duplicates", "held_out"):
         asked, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if asked != made[name] and (args.data is None or asked != getattr(PRESETS[args.preset], name)):
             raise ValueError(f"{flag} {asked}: the conversations in {where} were prepared with {made[name]}")
