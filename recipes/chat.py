@@ -398,7 +398,8 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
             log = stack.enter_context(MetricsLog(folder, progress.done if saved else -1, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
         about = {"source_names": store.train.source_names, "steps": steps, "batch_tokens": args.batch_tokens}
-        telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)
+        about |= {"peak": peak, "lora": lora}
+        telemetry = Telemetry(log, world, config, done=progress.done, skipped=skipped, **about)
         stack.enter_context(telemetry)
         fit(
             *(state, loader, held_out),

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import lemur_fast as lf
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
+from lemur_fast.training import loop
+from lemur_fast.training.flops import model_flops
 from lemur_fast.training.interruption import Interruption
 from lemur_fast.training.saving import save_model
 from tests.recipes.conftest import RECIPES
@@ -190,6 +192,15 @@ def test_lora_trains_the_adapters_and_the_rows_of_new_tokens(base, adapted):
     head = after["lm_head.weight"]
     assert (head[32002] - head[32001]).abs().max() > 1e-3  # <|im_end|> can be told from <|im_start|>
     assert losses(adapted)[-1] < losses(adapted)[0] - 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_flops_are_those_of_what_is_trained(chat, base, sources, tmp_path, monkeypatch, rank):
+    asked = []
+    monkeypatch.setattr(loop, "model_flops", lambda *given: asked.append(given[3]) or model_flops(*given))
+    given = ["--model", base, *sources, "--out", tmp_path / "run", "--steps", 1, "--lora-rank", rank]
+    assert run(chat, *given) == 0
+    assert [lora and lora.r for lora in asked] == [rank or None]
 
 
 def test_lora_on_tied_embeddings_without_chatml_is_refused(chat):
