@@ -18,6 +18,7 @@ import lemur_fast as lf
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.training import loop
+from lemur_fast.training.fit import fit
 from lemur_fast.training.flops import model_flops
 from lemur_fast.training.interruption import Interruption
 from lemur_fast.training.saving import save_model
@@ -147,6 +148,61 @@ def test_a_resumed_run_is_the_run_that_never_stopped(chat, base, sources, tuned,
     assert losses(out) == losses(whole)
     assert all(torch.equal(value, weights_of(whole)[name]) for name, value in weights_of(out).items())
     assert run(chat, *given, "--steps", steps + 1, "--resume", "auto") == 2
+
+
+def begun(chat, base, sources, out):
+    """A run that was stopped before its third step: its folder holds tokens and a checkpoint."""
+
+    def stopping(*arguments, **options):
+        options["telemetry"].warn = lambda message: options["interruption"].__setattr__("signum", 15)
+        fit(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "fit", stopping)
+        assert run(chat, "--model", base, *sources, "--out", out, "--steps", 2) == 143
+
+
+def test_a_run_is_resumed_with_its_sources_alone(chat, base, sources, tmp_path, capsys):
+    """Other sources are refused by name, whatever they hold, and change nothing; those of the run are read no more."""
+    out, (flag, evol, talks) = tmp_path / "run", sources
+    begun(chat, base, sources, out)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(evol.removeprefix("evol:")).read_bytes())
+    others = [[], [flag, evol], [flag, evol, talks, f"more={evol}"], [flag, f"evol:{copy}", talks]]
+    others += [[flag, f"renamed={evol}", talks]]
+    given = ["--model", base, "--out", out, "--steps", 2, "--resume", "auto"]
+    capsys.readouterr()
+    for other in others:
+        for changed in ([], ["--resume-changed"]):
+            assert run(chat, *given, *other, *changed) == 2
+            error = capsys.readouterr().err
+            assert f"--sources: {out / 'data'} was made of others (evol, sharegpt); resume with those" in error
+    assert before == {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "build_chat_store", lambda *given, **options: pytest.fail("tokenized again"))
+        assert run(chat, *given, *sources) == 0
+    assert len(losses(out)) == 2
+
+
+def test_a_run_is_not_resumed_on_conversations_prepared_otherwise(chat, base, sources, tuned, tmp_path, capsys):
+    out = tmp_path / "run"
+    begun(chat, base, sources, out)
+    given = ["--model", base, "--out", out, "--steps", 2, "--resume", "auto"]
+    for name, value, was in (
+        ("near-duplicates", "0.5", "0.7"),
+        ("overlong", "drop", "split"),
+        ("held-out", "0.1", "0.05"),
+    ):
+        assert run(chat, *given, *sources, f"--{name}", value) == 2
+        assert (
+            f"--{name} {value}: the conversations in {out / 'data'} were prepared with {was}" in capsys.readouterr().err
+        )
+    other = tmp_path / "other"
+    assert run(chat, "--model", base, *sources[:2], "--out", other, "--steps", 1) == 0
+    assert run(chat, *given, "--data", other / "data") == 2
+    assert "--resume: this is not the run that was stopped: --documents was " in capsys.readouterr().err
+    assert run(chat, *given, "--data", tuned / "data") == 0  # the same, prepared by another run
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", "4"]])
