@@ -1,20 +1,27 @@
 """recipes/chat.py and recipes/generate.py from end to end, with a model small enough to tune in seconds."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from openai import OpenAI
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
 
 import lemur_fast as lf
+from lemur_fast.data.chat.chatml import DEFAULT_SYSTEM, ChatEncoder
+from lemur_fast.data.chat.conversation import Message
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.training import loop
@@ -332,12 +339,6 @@ def test_show_example_prints_and_leaves(chat, base, sources, tmp_path, monkeypat
 # ---- talking ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_works_in_a_stock_pipeline(tuned):
-    answer = pipeline("text-generation", model=str(tuned / "model"))
-    (output,) = answer([{"role": "user", "content": "Colour 3?"}], max_new_tokens=4, do_sample=False)
-    assert output["generated_text"][-1]["role"] == "assistant"
-
-
 @pytest.fixture
 def memorized(tuned, tmp_path):
     """The tuned folder with an output layer that answers "green" and then <|im_end|>, whatever it is asked."""
@@ -363,6 +364,59 @@ def memorized(tuned, tmp_path):
 def test_one_answer_stops_at_the_end_of_the_turn(generate, memorized, capsys):
     assert generate.main([str(memorized), "--prompt", "Colour?", "--temperature", "0", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out == "green\n"  # streamed; nothing after <|im_end|>, and no control token
+
+
+def test_the_folder_works_in_a_stock_pipeline(memorized):
+    """It takes messages, stops at <|im_end|>, and gives the answer without control tokens."""
+    answer = pipeline("text-generation", model=str(memorized / "model"))
+    said = [{"role": "user", "content": "Colour 3?"}]
+    (output,) = answer(said, max_new_tokens=16)
+    assert output["generated_text"] == [*said, {"role": "assistant", "content": "green"}]
+
+
+@pytest.fixture
+def server(memorized):
+    """`transformers serve` on the folder, as documented, on this machine only; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(memorized / "model")]
+    log = memorized / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            **{"stdout": output, "stderr": output, "env": {**os.environ, "HF_HUB_OFFLINE": "1"}},
+        )
+    try:
+        begun = time.monotonic()
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < begun + 300, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_transformers_serves_the_folder_to_openai_s_client(server, memorized):
+    """The answer is "green" and <|im_end|>, at which it stops: two tokens of the sixteen that it may have."""
+    folder = str(memorized / "model")
+    client = OpenAI(base_url=server, api_key="none")
+    ask = {"model": folder, "messages": [{"role": "user", "content": "Colour?"}], "max_tokens": 16}
+    whole = client.chat.completions.create(**ask)
+    (choice,) = whole.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "green", "stop")
+    assert whole.usage.completion_tokens == 2
+    tokenizer = load_tokenizer(memorized / "model")
+    conversation = [Message("system", DEFAULT_SYSTEM), Message("user", "Colour?")]
+    assert whole.usage.prompt_tokens == len(ChatEncoder(tokenizer).prompt(conversation))
+    *parts, last = client.chat.completions.create(**ask, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == "green"
+    assert last.choices[0].finish_reason == "stop"
 
 
 def test_a_conversation_remembers_and_forgets(generate, memorized, monkeypatch, capsys):
