@@ -116,6 +116,26 @@ def test_the_model_is_lemurs(tuned):
     assert output["assistant_masks"][-5:] == [0, 1, 1, 1, 1]
 
 
+def test_servers_find_what_they_look_for(tuned):
+    """In the files themselves, as docs/recipes.md names them: vLLM does not ask this project's code."""
+    model = tuned / "model"
+    names = {*("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"), "tokenizer.json"}
+    assert {path.name for path in model.iterdir()} == names | {"tokenizer_config.json"}
+    config, generation, tokenizer = (
+        json.loads((model / name).read_text()) for name in ("config.json", "generation_config.json", "tokenizer.json")
+    )
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["vocab_size"] == 32005
+    assert (generation["eos_token_id"], generation["temperature"], generation["top_p"]) == ([2, 32002], 0.6, 0.9)
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    assert (added["<|im_end|>"]["id"], added["<|im_end|>"]["special"]) == (32002, True)  # so it is never shown
+    template = (model / "chat_template.jinja").read_text()
+    assert "<|im_start|>assistant" in template
+    assert template == AutoTokenizer.from_pretrained(model).chat_template
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (model / name).read_text()  # nothing that would ask for trust_remote_code
+
+
 def test_tokens_start_at_the_mean_of_the_old_rows(chat, base, sources, tmp_path):
     """A step of learning rate nearly 0 leaves what the run started from."""
     out = tmp_path / "run"
