@@ -46,19 +46,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
 import torch
 import transformers
 import tyro
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase, pipeline
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 import lemur_fast as lf
-from lemur_fast.data.chat.chatml import END, ChatEncoder, Overlong, add_chat_tokens
-from lemur_fast.data.chat.conversation import Unfit, checked
-from lemur_fast.data.chat.example import show
-from lemur_fast.data.chat.sources import ChatSource, embedded_chat_sources, parse_source
-from lemur_fast.data.chat.store import NEAR_DUPLICATES, build_chat_store, describe
+from lemur_fast.data.chat.chatml import END, Overlong, add_chat_tokens, generation_config
+from lemur_fast.data.chat.example import show_first
+from lemur_fast.data.chat.sources import chat_sources
+from lemur_fast.data.chat.store import NEAR_DUPLICATES, build_chat_store, describe, open_chat_store
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
 from lemur_fast.data.store import TokenStore
-from lemur_fast.data.tokenizer import fingerprint, load_tokenizer
+from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
@@ -70,7 +69,7 @@ from lemur_fast.training.loop import Telemetry, tracing
 from lemur_fast.training.lora import lora_config, merge
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
 from lemur_fast.training.optimizer import adamw
-from lemur_fast.training.saving import run_folder, save_model
+from lemur_fast.training.saving import answers, run_folder, save_model
 from lemur_fast.training.weights import make_model, model_folder
 
 QUESTIONS = ("Hi, how are you?", "Write a Python function that adds two numbers.")
@@ -264,42 +263,16 @@ def model_config(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     return config
 
 
-def chosen_sources(args: Chat) -> list[ChatSource]:
-    """--sources, or the embedded ones."""
-    return [parse_source(line) for line in args.sources] or embedded_chat_sources()
-
-
 def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, notice: str) -> TokenStore:
     """Open --data or what an interrupted run has tokenized, or tokenize the sources."""
     where = args.data or folder / "data"
-    if args.data is None and not where.exists():
-        options = {name: getattr(args, name) for name in ("overlong", "near_duplicates", "held_out")}
-        options["tokenizer_notice"] = notice
-        build_chat_store(where, chosen_sources(args), tokenizer, args.seq_len, **options)
-    store = TokenStore(where)
-    if "chat" not in store.manifest:
-        raise ValueError(f"--data {where} holds no conversations: it was made for pretraining")
-    used, longest = store.manifest["tokenizer"], store.manifest["chat"]["max_tokens"]
-    if used["fingerprint"] != fingerprint(tokenizer):
-        raise ValueError(
-            f"--data {where} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) than "
-            f"the model's ({len(tokenizer)} tokens)"
-        )
-    made = store.manifest["chat"] | {"held_out": store.manifest["held_out"]}
-    for name in ("overlong", "near_duplicates", "held_out"):
-        asked, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if asked != made[name] and (args.data is None or asked != getattr(PRESETS[args.preset], name)):
-            raise ValueError(f"{flag} {asked}: the conversations in {where} were prepared with {made[name]}")
-    if args.data is None:
-        origins = {source.name: source.origin for source in chosen_sources(args)}
-        if origins != {name: source["origin"] for name, source in store.manifest["sources"].items()}:
-            raise ValueError(
-                f"--sources: {where} was made of others ({', '.join(store.manifest['sources'])}); resume with those, "
-                "or start a new run"
-            )
-    if longest > args.seq_len:
-        raise ValueError(f"--data {where} was made for rows of {longest} tokens, --seq-len is {args.seq_len}")
-    return store
+    asked = {name: getattr(args, name) for name in ("overlong", "near_duplicates", "held_out")}
+    sources = None if args.data else chat_sources(args.sources)
+    if sources and not where.exists():
+        build_chat_store(where, sources, tokenizer, args.seq_len, tokenizer_notice=notice, **asked)
+    if args.data:  # it says itself how it was made, unless another way is asked for
+        asked = {name: value for name, value in asked.items() if value != getattr(PRESETS[args.preset], name)}
+    return open_chat_store(where, tokenizer, args.seq_len, sources, asked)
 
 
 def chat(args: Chat, interruption: Interruption) -> int:
@@ -328,7 +301,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     tokenizer = load_tokenizer(source)
     new_tokens = add_chat_tokens(tokenizer)
     if args.show_example:
-        world.first(lambda: show_examples(args, tokenizer))
+        world.first(lambda: show_first(chat_sources(args.sources), tokenizer))
         return 0
     config = model_config(args, source, tokenizer)
     lora = None
@@ -429,7 +402,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     # 4. What came of it.
     if outcome == "finished" and args.sample_tokens:
         begun = time.perf_counter()
-        samples = sample(folder / "model", args.sample_tokens, args.seed)
+        samples = answers(folder / "model", QUESTIONS, args.sample_tokens, args.seed)
         write_text(folder / "samples.txt", samples)
         print(samples)
         seconds["sampling"] = time.perf_counter() - begun
@@ -451,46 +424,6 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     if done < steps:
         print(f"to go on   the same command with --out {folder} --resume auto")
     return progress.exit_code
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """How Lemur-Chat is served: it stops at the end of a turn, and at that of a document."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.9,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, end}),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def show_examples(args: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print the first conversation of each source."""
-    encoder = ChatEncoder(tokenizer)
-    for source in chosen_sources(args):
-        for item in source.read():
-            try:
-                conversation = checked(item)
-            except Unfit:
-                continue
-            (encoded,) = encoder([conversation])
-            show(encoded, tokenizer, f"\n{source.name}/{conversation.name}")
-            break
-        else:
-            print(f"\n{source.name}: no conversation that could be trained on")
-
-
-def sample(folder: Path, max_tokens: int, seed: int) -> str:
-    """What the saved model answers, loaded by stock transformers as anybody would."""
-    answer: Any = pipeline("text-generation", model=str(folder))
-    torch.manual_seed(seed)
-    texts = []
-    for question in QUESTIONS:
-        (output,) = answer([{"role": "user", "content": question}], max_new_tokens=max_tokens)
-        texts.append(f"--- {question}\n{output['generated_text'][-1]['content'].strip()}\n")
-    return "".join(texts)
 
 
 def parse(argv: list[str]) -> Chat:

@@ -9,7 +9,7 @@ in it a second time, as text.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,48 @@ def build_chat_store(
         }
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return TokenStore(folder)
+
+
+def open_chat_store(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    sources: Sequence[ChatSource] | None,
+    settings: Mapping[str, Any],
+) -> TokenStore:
+    """The store in `folder`, if it is what a run asks for.
+
+    Args:
+        folder: made by `build_chat_store`.
+        tokenizer: that of the model.
+        max_tokens: length of a packed row.
+        sources: those it must have been made of; None: whichever.
+        settings: values that `build_chat_store` must have been called with, by the names of its arguments.
+
+    Raises:
+        ValueError: it is another; the settings of the recipe that say so are named.
+    """
+    store = TokenStore(folder)
+    if "chat" not in store.manifest:
+        raise ValueError(f"--data {folder} holds no conversations: it was made for pretraining")
+    used, made = store.manifest["tokenizer"], store.manifest["chat"] | {"held_out": store.manifest["held_out"]}
+    if used["fingerprint"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"--data {folder} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) "
+            f"than the model's ({len(tokenizer)} tokens)"
+        )
+    for name, asked in settings.items():
+        if asked != made[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {asked}: the conversations in {folder} were prepared with {made[name]}")
+    origins = {name: source["origin"] for name, source in store.manifest["sources"].items()}
+    if sources is not None and {source.name: source.origin for source in sources} != origins:
+        raise ValueError(
+            f"--sources: {folder} was made of others ({', '.join(origins)}); resume with those, or start a new run"
+        )
+    if made["max_tokens"] > max_tokens:
+        raise ValueError(f"--data {folder} was made for rows of {made['max_tokens']} tokens, --seq-len is {max_tokens}")
+    return store
 
 
 def _new_entry(source: ChatSource) -> dict[str, Any]:
