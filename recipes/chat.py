@@ -11,7 +11,8 @@ The presets, and how each is started:
 
     tiny            python recipes/chat.py
     smollm2-135m    torchrun --nproc-per-node 2 recipes/chat.py --preset smollm2-135m
-    lemur-70b       torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+    lemur-70b       TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 torchrun --nnodes 8 --nproc-per-node 8 \
+                        --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                         recipes/chat.py --preset lemur-70b --out DIR --resume auto --sources oasst:trees.jsonl.gz \
                         orca:1M-GPT4-Augmented.parquet sharegpt:sharegpt.json evol:hf://theblackcat102/evol-codealpaca-v1
 
@@ -46,19 +47,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
 import torch
 import transformers
 import tyro
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase, pipeline
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 import lemur_fast as lf
-from lemur_fast.data.chat.chatml import END, ChatEncoder, Overlong, add_chat_tokens
-from lemur_fast.data.chat.conversation import Unfit, checked
-from lemur_fast.data.chat.example import show
-from lemur_fast.data.chat.sources import ChatSource, embedded_chat_sources, parse_source
-from lemur_fast.data.chat.store import build_chat_store, describe
+from lemur_fast.data.chat.chatml import END, Overlong, add_chat_tokens, generation_config
+from lemur_fast.data.chat.example import show_first
+from lemur_fast.data.chat.sources import chat_sources
+from lemur_fast.data.chat.store import NEAR_DUPLICATES, build_chat_store, describe, open_chat_store
 from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
 from lemur_fast.data.store import TokenStore
-from lemur_fast.data.tokenizer import fingerprint, load_tokenizer
+from lemur_fast.data.tokenizer import load_tokenizer
 from lemur_fast.files import write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
@@ -68,39 +68,34 @@ from lemur_fast.training.guard import Guard
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.loop import Telemetry, tracing
 from lemur_fast.training.lora import lora_config, merge
-from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses, tracker_package
+from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
 from lemur_fast.training.optimizer import adamw
-from lemur_fast.training.saving import run_folder, save_model
+from lemur_fast.training.saving import answers, claimed, run_folder, save_model
+from lemur_fast.training.settings import RunSettings, check_mixture
 from lemur_fast.training.weights import make_model, model_folder
 
 QUESTIONS = ("Hi, how are you?", "Write a Python function that adds two numbers.")
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(RunSettings):
     """Settings of a run. Defaults are those of the preset."""
 
-    # What, and where to.
     preset: Literal["tiny", "smollm2-135m", "lemur-70b"] = "tiny"
     """Where the other defaults come from. tiny: the model of the latest run of recipes/pretrain.py, or --model.
     smollm2-135m, the default where there is neither: SmolLM2-135M-Instruct, fetched as a PyPI wheel. lemur-70b: Lemur's
     own base model, on GPUs."""
-    out: Path | None = None
-    """Folder of the run; must be new or empty. Default: runs/chat-PRESET, or -2, -3, ... when that is taken."""
-    overwrite: bool = False
-    """Delete the earlier run in --out first."""
     model: str | None = None
     """LLaMA to tune, and its tokenizer: a Hugging Face folder, or ORG/NAME of the hub. Default: that of the preset."""
-    resume: Literal["never", "auto"] = "never"
-    """auto: go on from the last whole checkpoint in --out (by default of the latest run); start if there is none."""
-    resume_changed: bool = False
-    """Resume although settings of the training are not what they were."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints; there is one at the end, and when the run is stopped, in any case. 0: only those."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    seed: int = 0
-    """Decides the order of the data, the adapters' first values and the samples."""
+
+    # Optimization.
+    epochs: float | None = None
+    """How often to read the conversations; decides --steps."""
+    lora_rank: int = 0
+    """Train adapters of this rank on every linear layer of the decoder, not the model. 0: the whole model. A learning
+    rate ten times as high suits them."""
+    lora_alpha: int = 32
+    """Adapters are scaled by alpha / rank."""
 
     # Data.
     sources: tuple[str, ...] = ()
@@ -110,74 +105,40 @@ class Chat:
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of the tokens for each source by name, in any unit; one that is not named has 0. Default: every source as
     much as it has, so that each conversation is read equally often."""
-    seq_len: int = 4096
-    """Tokens in a packed row; conversations are packed whole."""
     overlong: Overlong = "split"
     """Conversations longer than a row. split: into pieces, each with the system message and whole exchanges of question
     and answer. truncate: the first such piece stays. drop: nothing stays. What is lost is counted."""
+    near_duplicates: float = NEAR_DUPLICATES
+    """Jaccard similarity of 5-word shingles from which on a conversation is dropped for an earlier one; 0 keeps near
+    duplicates. Conversations of fewer than 10 words are dropped only as exact copies."""
     held_out: float = 0.05
     """Share of the conversations kept from training, to measure on; those that begin alike stay together."""
     show_example: bool = False
     """Print a conversation of each source, coloured by what is trained on, and leave."""
 
-    # Optimization.
-    steps: int = 100
-    """Optimizer steps."""
-    epochs: float | None = None
-    """How often to read the conversations; decides --steps."""
-    batch_tokens: int = 4096
-    """Tokens in an optimizer step, a multiple of seq_len; rows of seq_len are shared by the processes, accumulated."""
-    lr: float = 1e-3
-    """Peak learning rate. It warms up linearly, then follows a cosine down to a tenth."""
-    warmup_steps: int = 10
-    """Steps until the learning rate is at its peak."""
-    weight_decay: float = 0.1
-    """AdamW's weight decay; on matrices, never on norms or biases."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging of gradients and of their squares."""
-    clip: float = 1.0
-    """Longest gradient, over all parameters together; longer ones are scaled down to it."""
-    spike: float = 10.0
-    """A step whose gradient norm is above this many times its running mean is not taken; 0: only what is not finite."""
-    lora_rank: int = 0
-    """Train adapters of this rank on every linear layer of the decoder, not the model. 0: the whole model. A learning
-    rate ten times as high suits them."""
-    lora_alpha: int = 32
-    """Adapters are scaled by alpha / rank."""
+    NOT_OF_THE_TRAINING = RunSettings.NOT_OF_THE_TRAINING | {"sources", "show_example"}
+    MAY_CHANGE = RunSettings.MAY_CHANGE | {"epochs"}
+    ABOVE_ZERO = RunSettings.ABOVE_ZERO | {"lora_alpha"}
+    NOT_NEGATIVE = RunSettings.NOT_NEGATIVE | {"lora_rank"}
 
-    # Looking at it.
-    eval_every: int = 30
-    """Steps between held-out measurements; there is one before the first step and one after the last in any case."""
-    eval_tokens: int = 8192
-    """Held-out tokens of each source in a measurement."""
-    sample_tokens: int = 64
-    """Longest answer to write at the end, to each of two questions."""
-    track: Literal["none", "wandb", "trackio"] = "none"
-    """Send the figures there, too; its package must be installed."""
-    profile: bool = False
-    """Write a torch profiler trace of two steps to profile/."""
-
-    # Machine.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of forward and backward; weights, gradient sums and optimizer are float32. auto: bfloat16 where it is fast."""
-    shard_size: int | None = None
-    """Processes that share one copy of the model. Default: all (full sharding); fewer, such as those of one machine, is
-    hybrid sharding."""
-    sync_every: bool = False
-    """Reduce gradients after every row, not once a step: slower, but no process then holds whole gradients."""
-    checkpointing: Literal["none", "full", "selective"] = "none"
-    """Activations made again in the backward pass: all of a layer, or what is cheap to make."""
-    compile: bool = False
-    """Run the layers through torch.compile."""
+    def check(self) -> None:
+        """Refuse settings that cannot work, before anything is done."""
+        super().check()
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"--epochs must be above 0, got {self.epochs}")
+        if self.sources and self.data:
+            raise ValueError("--sources and --data: give one of them; --data is tokenized already")
+        if self.show_example and self.data:
+            raise ValueError("--show-example and --data: give one of them; --data is tokenized already")
+        check_mixture(self.mixture)
 
 
 PRESETS = {
     "tiny": Chat(),
     "smollm2-135m": Chat(preset="smollm2-135m", seq_len=2048, batch_tokens=4096, steps=50, lr=5e-5, warmup_steps=5),
     "lemur-70b": Chat(  # learning rate and epochs as we remember Lemur's article; the batch is ours
-        *("lemur-70b", None, False, "OpenLemur/lemur-70b-v1"),
+        preset="lemur-70b",
+        model="OpenLemur/lemur-70b-v1",
         epochs=2.0,
         lr=2e-5,
         batch_tokens=2**18,
@@ -191,46 +152,6 @@ PRESETS = {
         checkpointing="selective",
     ),
 }
-
-# Settings that may differ from those of the run that is resumed: the training is the same. Where conversations lie may,
-# too; what they are is compared by a fingerprint.
-NOT_OF_THE_TRAINING = {
-    *("out", "overwrite", "resume", "resume_changed", "checkpoint_every", "keep", "data", "sources", "eval_every"),
-    *("eval_tokens", "sample_tokens", "track", "profile", "device", "shard_size", "sync_every", "checkpointing"),
-    *("compile", "show_example"),
-}
-# Of the others, those that --resume-changed may change; with another model or other data it would be another run.
-MAY_CHANGE = {
-    *("steps", "epochs", "batch_tokens", "lr", "warmup_steps", "weight_decay", "betas", "clip", "spike", "dtype")
-}
-
-
-def check(args: Chat) -> None:
-    """Refuse settings that cannot work, before anything is done."""
-    for name in ("steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep", "lora_alpha"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    not_below_zero = ("seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every")
-    for name in (*not_below_zero, "spike", "lora_rank"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
-    if args.epochs is not None and not args.epochs > 0:
-        raise ValueError(f"--epochs must be above 0, got {args.epochs}")
-    if args.seq_len < 2:
-        raise ValueError(f"--seq-len must be at least 2, got {args.seq_len}")
-    if args.batch_tokens % args.seq_len:
-        raise ValueError(f"--batch-tokens must be a multiple of --seq-len ({args.seq_len}), got {args.batch_tokens}")
-    if args.mixture and (min(args.mixture.values()) < 0 or max(args.mixture.values()) == 0):
-        raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {args.mixture}")
-    if args.sources and args.data:
-        raise ValueError("--sources and --data: give one of them; --data is tokenized already")
-    if args.show_example and args.data:
-        raise ValueError("--show-example and --data: give one of them; --data is tokenized already")
-    if args.overwrite and (args.out is None or args.resume != "never"):
-        raise ValueError("--overwrite needs --out, to say which run may be deleted, and no --resume")
-    tracker_package(args.track)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA GPU here")
 
 
 def pretrained() -> list[Path]:
@@ -261,50 +182,24 @@ def model_config(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     return config
 
 
-def chosen_sources(args: Chat) -> list[ChatSource]:
-    """--sources, or the embedded ones."""
-    return [parse_source(line) for line in args.sources] or embedded_chat_sources()
-
-
 def prepare_data(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase, notice: str) -> TokenStore:
     """Open --data or what an interrupted run has tokenized, or tokenize the sources."""
     where = args.data or folder / "data"
-    if args.data is None and not where.exists():
-        options = {"overlong": args.overlong, "held_out": args.held_out, "tokenizer_notice": notice}
-        build_chat_store(where, chosen_sources(args), tokenizer, args.seq_len, **options)
-    store = TokenStore(where)
-    if "chat" not in store.manifest:
-        raise ValueError(f"--data {where} holds no conversations: it was made for pretraining")
-    used, longest = store.manifest["tokenizer"], store.manifest["chat"]["max_tokens"]
-    if used["fingerprint"] != fingerprint(tokenizer):
-        raise ValueError(
-            f"--data {where} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) than "
-            f"the model's ({len(tokenizer)} tokens)"
-        )
-    made = store.manifest["chat"] | {"held_out": store.manifest["held_out"]}
-    for name in ("overlong", "held_out"):
-        asked, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if asked != made[name] and (args.data is None or asked != getattr(PRESETS[args.preset], name)):
-            raise ValueError(f"{flag} {asked}: the conversations in {where} were prepared with {made[name]}")
-    if args.data is None:
-        origins = {source.name: source.origin for source in chosen_sources(args)}
-        if origins != {name: source["origin"] for name, source in store.manifest["sources"].items()}:
-            raise ValueError(
-                f"--sources: {where} was made of others ({', '.join(store.manifest['sources'])}); resume with those, "
-                "or start a new run"
-            )
-    if longest > args.seq_len:
-        raise ValueError(f"--data {where} was made for rows of {longest} tokens, --seq-len is {args.seq_len}")
-    return store
+    asked = {name: getattr(args, name) for name in ("overlong", "near_duplicates", "held_out")}
+    sources = None if args.data else chat_sources(args.sources)
+    if sources and not where.exists():
+        build_chat_store(where, sources, tokenizer, args.seq_len, tokenizer_notice=notice, **asked)
+    if args.data:  # it says itself how it was made, unless another way is asked for
+        asked = {name: value for name, value in asked.items() if value != getattr(PRESETS[args.preset], name)}
+    return open_chat_store(where, tokenizer, args.seq_len, sources, asked)
 
 
 def chat(args: Chat, interruption: Interruption) -> int:
     """The whole run; returns the exit code."""
     transformers.logging.disable_progress_bar()
     try:
-        check(args)
-        kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        with process_group(kind, args.shard_size) as world:
+        args.check()
+        with process_group(args.device_type, args.shard_size) as world:
             return train(args, world, interruption)
     except REFUSALS as error:
         print(f"chat: {error}", file=sys.stderr)
@@ -324,7 +219,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     tokenizer = load_tokenizer(source)
     new_tokens = add_chat_tokens(tokenizer)
     if args.show_example:
-        world.first(lambda: show_examples(args, tokenizer))
+        world.first(lambda: show_first(chat_sources(args.sources), tokenizer))
         return 0
     config = model_config(args, source, tokenizer)
     lora = None
@@ -357,7 +252,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     settings["documents"] = store.fingerprint()
     saved = checkpoints.latest() if resume else None
     if saved is not None:
-        check_same_run(saved["settings"], settings, NOT_OF_THE_TRAINING, MAY_CHANGE, args.resume_changed)
+        check_same_run(saved["settings"], settings, args.NOT_OF_THE_TRAINING, args.MAY_CHANGE, args.resume_changed)
     seconds["data"] = time.perf_counter() - started
 
     options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
@@ -394,7 +289,8 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
             log = stack.enter_context(MetricsLog(folder, progress.done if saved else -1, args.track, **about))
         traced = stack.enter_context(tracing(folder / "profile" if args.profile else None, world))
         about = {"source_names": store.train.source_names, "steps": steps, "batch_tokens": args.batch_tokens}
-        telemetry = Telemetry(log, world, config, peak=peak, done=progress.done, skipped=skipped, **about)
+        about |= {"peak": peak, "lora": lora}
+        telemetry = Telemetry(log, world, config, done=progress.done, skipped=skipped, **about)
         stack.enter_context(telemetry)
         fit(
             *(state, loader, held_out),
@@ -424,7 +320,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     # 4. What came of it.
     if outcome == "finished" and args.sample_tokens:
         begun = time.perf_counter()
-        samples = sample(folder / "model", args.sample_tokens, args.seed)
+        samples = answers(folder / "model", QUESTIONS, args.sample_tokens, args.seed)
         write_text(folder / "samples.txt", samples)
         print(samples)
         seconds["sampling"] = time.perf_counter() - begun
@@ -446,46 +342,6 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     if done < steps:
         print(f"to go on   the same command with --out {folder} --resume auto")
     return progress.exit_code
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """How Lemur-Chat is served: it stops at the end of a turn, and at that of a document."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.9,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, end}),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def show_examples(args: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print the first conversation of each source."""
-    encoder = ChatEncoder(tokenizer)
-    for source in chosen_sources(args):
-        for item in source.read():
-            try:
-                conversation = checked(item)
-            except Unfit:
-                continue
-            (encoded,) = encoder([conversation])
-            show(encoded, tokenizer, f"\n{source.name}/{conversation.name}")
-            break
-        else:
-            print(f"\n{source.name}: no conversation that could be trained on")
-
-
-def sample(folder: Path, max_tokens: int, seed: int) -> str:
-    """What the saved model answers, loaded by stock transformers as anybody would."""
-    answer: Any = pipeline("text-generation", model=str(folder))
-    torch.manual_seed(seed)
-    texts = []
-    for question in QUESTIONS:
-        (output,) = answer([{"role": "user", "content": question}], max_new_tokens=max_tokens)
-        texts.append(f"--- {question}\n{output['generated_text'][-1]['content'].strip()}\n")
-    return "".join(texts)
 
 
 def parse(argv: list[str]) -> Chat:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -31,25 +32,37 @@ def key_value_heads(config: LlamaConfig) -> int:
     return config.num_key_value_heads or config.num_attention_heads
 
 
+def matrix_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of one decoder layer, by their names in the model."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    h, i = config.hidden_size, config.intermediate_size
+    q, kv = head * config.num_attention_heads, head * key_value_heads(config)
+    attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
+    return attention | {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+
+
 def matrix_parameters(config: LlamaConfig) -> tuple[int, int]:
     """Elements of the matrices that every token is multiplied with: in all layers, and in the output layer."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head * 2 * (config.num_attention_heads + key_value_heads(config))
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
+    layer = sum(inputs * outputs for inputs, outputs in matrix_shapes(config).values())
     return config.num_hidden_layers * layer, config.vocab_size * config.hidden_size
 
 
-def model_flops(config: LlamaConfig, lengths: Iterable[int], trained: int) -> float:
+def model_flops(config: LlamaConfig, lengths: Iterable[int], trained: int, lora: Any = None) -> float:
     """FLOPs of forward and backward over packed documents: what the mathematics asks for, whatever is recomputed.
 
-    A product with a matrix of P elements is 2 P a token forward and twice that backward. Attention is causal and stays
-    inside documents: a document of n tokens has n (n + 1) / 2 pairs, 4 D a head and pair forward. So it grows with the
-    sum of squares of the lengths, not with the square of their sum.
+    A product with a matrix of P elements is 2 P a token forward, 2 P for the gradient of its input, and 2 P for that of
+    the matrix: 6 P in all (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), but 4 P where it is frozen, as under
+    LoRA (Hu et al. 2021, arXiv 2106.09685), whose adapters of rank r add 6 r (inputs + outputs) to every matrix that
+    has one. Attention has no weights: three times its forward in any case. It is causal and stays inside documents: a
+    document of n tokens has n (n + 1) / 2 pairs, 4 D a head and pair forward. So it grows with the sum of squares of
+    the lengths, not with the square of their sum.
 
     Args:
         config: of the model.
         lengths: tokens of each document; padding is no document.
         trained: tokens that have a target: only these meet the output layer.
+        lora: a `peft.LoraConfig` of `lora.lora_config`: all else is frozen. Counted with the frozen matrices are the
+            gradients of the first layer's inputs, which only a trained embedding needs.
     """
     layers, output = matrix_parameters(config)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -57,8 +70,15 @@ def model_flops(config: LlamaConfig, lengths: Iterable[int], trained: int) -> fl
     for length in lengths:
         tokens += length
         pairs += length * (length + 1) // 2
-    attention = 4.0 * head * config.num_attention_heads * config.num_hidden_layers * pairs
-    return 3 * (2.0 * layers * tokens + 2.0 * output * trained + attention)
+    attention = 3 * 4.0 * head * config.num_attention_heads * config.num_hidden_layers * pairs
+    if lora is None:
+        return 6.0 * layers * tokens + 6.0 * output * trained + attention
+    sizes = [
+        inputs + outputs for name, (inputs, outputs) in matrix_shapes(config).items() if name in lora.target_modules
+    ]
+    adapters = config.num_hidden_layers * lora.r * sum(sizes)
+    of_output = 6.0 if "lm_head" in (lora.modules_to_save or ()) else 4.0
+    return (4.0 * layers + 6.0 * adapters) * tokens + of_output * output * trained + attention
 
 
 def peak_of(name: str) -> float | None:

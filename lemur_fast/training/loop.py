@@ -100,6 +100,7 @@ class Telemetry:
         source_names: Sequence[str],
         steps: int,
         batch_tokens: int,
+        lora: Any = None,
         done: int = 0,
         skipped: Sequence[dict[str, Any]] = (),
     ) -> None:
@@ -113,10 +114,11 @@ class Telemetry:
             source_names: in the order of their tags.
             steps: of the whole run.
             batch_tokens: room of a step.
+            lora: a `peft.LoraConfig` where only adapters are trained, for the FLOPs.
             done: steps done before.
             skipped: steps refused before.
         """
-        self.log, self.world, self.config, self.peak = log, world, config, peak
+        self.log, self.world, self.config, self.lora, self.peak = log, world, config, lora, peak
         self.source_names, self.steps, self.batch_tokens = list(source_names), steps, batch_tokens
         self.skipped: list[dict[str, Any]] = list(skipped)
         """Step, reason and documents of every step that was not taken."""
@@ -170,7 +172,7 @@ class Telemetry:
         if self.log is None:
             return
         tokens, count = sum(facts.lengths), len(self.source_names)
-        flops = model_flops(self.config, facts.lengths, facts.supervised)
+        flops = model_flops(self.config, facts.lengths, facts.supervised, self.lora)
         mfu = flops / (elapsed * self.peak * self.world.size)
         self.log.write(
             facts.step,

@@ -7,9 +7,10 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
+    pipeline,
 )
 
 from lemur_fast.files import staged_folder
@@ -145,4 +147,15 @@ def sample(folder: Path, prompts: Mapping[str, str], max_tokens: int, seed: int)
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=max_tokens)
         texts.append(f"--- a sample of {kind}\n{tokenizer.decode(output[0], skip_special_tokens=True)}\n")
+    return "".join(texts)
+
+
+def answers(folder: Path, questions: Sequence[str], max_tokens: int, seed: int) -> str:
+    """What the saved chat model answers to each question, loaded by stock transformers as anybody would."""
+    answer: Any = pipeline("text-generation", model=str(folder))
+    torch.manual_seed(seed)
+    texts = []
+    for question in questions:
+        (output,) = answer([{"role": "user", "content": question}], max_new_tokens=max_tokens)
+        texts.append(f"--- {question}\n{output['generated_text'][-1]['content'].strip()}\n")
     return "".join(texts)

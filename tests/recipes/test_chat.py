@@ -1,22 +1,32 @@
 """recipes/chat.py and recipes/generate.py from end to end, with a model small enough to tune in seconds."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from openai import OpenAI
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
 
 import lemur_fast as lf
+from lemur_fast.data.chat.chatml import DEFAULT_SYSTEM, ChatEncoder
+from lemur_fast.data.chat.conversation import Message
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
+from lemur_fast.training import loop
+from lemur_fast.training.fit import fit
+from lemur_fast.training.flops import model_flops
 from lemur_fast.training.interruption import Interruption
 from lemur_fast.training.saving import save_model
 from tests.recipes.conftest import RECIPES
@@ -106,6 +116,26 @@ def test_the_model_is_lemurs(tuned):
     assert output["assistant_masks"][-5:] == [0, 1, 1, 1, 1]
 
 
+def test_servers_find_what_they_look_for(tuned):
+    """In the files themselves, as docs/recipes.md names them: vLLM does not ask this project's code."""
+    model = tuned / "model"
+    names = {*("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"), "tokenizer.json"}
+    assert {path.name for path in model.iterdir()} == names | {"tokenizer_config.json"}
+    config, generation, tokenizer = (
+        json.loads((model / name).read_text()) for name in ("config.json", "generation_config.json", "tokenizer.json")
+    )
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["vocab_size"] == 32005
+    assert (generation["eos_token_id"], generation["temperature"], generation["top_p"]) == ([2, 32002], 0.6, 0.9)
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    assert (added["<|im_end|>"]["id"], added["<|im_end|>"]["special"]) == (32002, True)  # so it is never shown
+    template = (model / "chat_template.jinja").read_text()
+    assert "<|im_start|>assistant" in template
+    assert template == AutoTokenizer.from_pretrained(model).chat_template
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (model / name).read_text()  # nothing that would ask for trust_remote_code
+
+
 def test_tokens_start_at_the_mean_of_the_old_rows(chat, base, sources, tmp_path):
     """A step of learning rate nearly 0 leaves what the run started from."""
     out = tmp_path / "run"
@@ -145,6 +175,61 @@ def test_a_resumed_run_is_the_run_that_never_stopped(chat, base, sources, tuned,
     assert losses(out) == losses(whole)
     assert all(torch.equal(value, weights_of(whole)[name]) for name, value in weights_of(out).items())
     assert run(chat, *given, "--steps", steps + 1, "--resume", "auto") == 2
+
+
+def begun(chat, base, sources, out):
+    """A run that was stopped before its third step: its folder holds tokens and a checkpoint."""
+
+    def stopping(*arguments, **options):
+        options["telemetry"].warn = lambda message: options["interruption"].__setattr__("signum", 15)
+        fit(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "fit", stopping)
+        assert run(chat, "--model", base, *sources, "--out", out, "--steps", 2) == 143
+
+
+def test_a_run_is_resumed_with_its_sources_alone(chat, base, sources, tmp_path, capsys):
+    """Other sources are refused by name, whatever they hold, and change nothing; those of the run are read no more."""
+    out, (flag, evol, talks) = tmp_path / "run", sources
+    begun(chat, base, sources, out)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(Path(evol.removeprefix("evol:")).read_bytes())
+    others = [[], [flag, evol], [flag, evol, talks, f"more={evol}"], [flag, f"evol:{copy}", talks]]
+    others += [[flag, f"renamed={evol}", talks]]
+    given = ["--model", base, "--out", out, "--steps", 2, "--resume", "auto"]
+    capsys.readouterr()
+    for other in others:
+        for changed in ([], ["--resume-changed"]):
+            assert run(chat, *given, *other, *changed) == 2
+            error = capsys.readouterr().err
+            assert f"--sources: {out / 'data'} was made of others (evol, sharegpt); resume with those" in error
+    assert before == {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "build_chat_store", lambda *given, **options: pytest.fail("tokenized again"))
+        assert run(chat, *given, *sources) == 0
+    assert len(losses(out)) == 2
+
+
+def test_a_run_is_not_resumed_on_conversations_prepared_otherwise(chat, base, sources, tuned, tmp_path, capsys):
+    out = tmp_path / "run"
+    begun(chat, base, sources, out)
+    given = ["--model", base, "--out", out, "--steps", 2, "--resume", "auto"]
+    for name, value, was in (
+        ("near-duplicates", "0.5", "0.7"),
+        ("overlong", "drop", "split"),
+        ("held-out", "0.1", "0.05"),
+    ):
+        assert run(chat, *given, *sources, f"--{name}", value) == 2
+        assert (
+            f"--{name} {value}: the conversations in {out / 'data'} were prepared with {was}" in capsys.readouterr().err
+        )
+    other = tmp_path / "other"
+    assert run(chat, "--model", base, *sources[:2], "--out", other, "--steps", 1) == 0
+    assert run(chat, *given, "--data", other / "data") == 2
+    assert "--resume: this is not the run that was stopped: --documents was " in capsys.readouterr().err
+    assert run(chat, *given, "--data", tuned / "data") == 0  # the same, prepared by another run
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", "4"]])
@@ -190,6 +275,15 @@ def test_lora_trains_the_adapters_and_the_rows_of_new_tokens(base, adapted):
     head = after["lm_head.weight"]
     assert (head[32002] - head[32001]).abs().max() > 1e-3  # <|im_end|> can be told from <|im_start|>
     assert losses(adapted)[-1] < losses(adapted)[0] - 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_flops_are_those_of_what_is_trained(chat, base, sources, tmp_path, monkeypatch, rank):
+    asked = []
+    monkeypatch.setattr(loop, "model_flops", lambda *given: asked.append(given[3]) or model_flops(*given))
+    given = ["--model", base, *sources, "--out", tmp_path / "run", "--steps", 1, "--lora-rank", rank]
+    assert run(chat, *given) == 0
+    assert [lora and lora.r for lora in asked] == [rank or None]
 
 
 def test_lora_on_tied_embeddings_without_chatml_is_refused(chat):
@@ -265,12 +359,6 @@ def test_show_example_prints_and_leaves(chat, base, sources, tmp_path, monkeypat
 # ---- talking ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_works_in_a_stock_pipeline(tuned):
-    answer = pipeline("text-generation", model=str(tuned / "model"))
-    (output,) = answer([{"role": "user", "content": "Colour 3?"}], max_new_tokens=4, do_sample=False)
-    assert output["generated_text"][-1]["role"] == "assistant"
-
-
 @pytest.fixture
 def memorized(tuned, tmp_path):
     """The tuned folder with an output layer that answers "green" and then <|im_end|>, whatever it is asked."""
@@ -296,6 +384,59 @@ def memorized(tuned, tmp_path):
 def test_one_answer_stops_at_the_end_of_the_turn(generate, memorized, capsys):
     assert generate.main([str(memorized), "--prompt", "Colour?", "--temperature", "0", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out == "green\n"  # streamed; nothing after <|im_end|>, and no control token
+
+
+def test_the_folder_works_in_a_stock_pipeline(memorized):
+    """It takes messages, stops at <|im_end|>, and gives the answer without control tokens."""
+    answer = pipeline("text-generation", model=str(memorized / "model"))
+    said = [{"role": "user", "content": "Colour 3?"}]
+    (output,) = answer(said, max_new_tokens=16)
+    assert output["generated_text"] == [*said, {"role": "assistant", "content": "green"}]
+
+
+@pytest.fixture
+def server(memorized):
+    """`transformers serve` on the folder, as documented, on this machine only; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(memorized / "model")]
+    log = memorized / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            **{"stdout": output, "stderr": output, "env": {**os.environ, "HF_HUB_OFFLINE": "1"}},
+        )
+    try:
+        begun = time.monotonic()
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < begun + 300, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_transformers_serves_the_folder_to_openai_s_client(server, memorized):
+    """The answer is "green" and <|im_end|>, at which it stops: two tokens of the sixteen that it may have."""
+    folder = str(memorized / "model")
+    client = OpenAI(base_url=server, api_key="none")
+    ask = {"model": folder, "messages": [{"role": "user", "content": "Colour?"}], "max_tokens": 16}
+    whole = client.chat.completions.create(**ask)
+    (choice,) = whole.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "green", "stop")
+    assert whole.usage.completion_tokens == 2
+    tokenizer = load_tokenizer(memorized / "model")
+    conversation = [Message("system", DEFAULT_SYSTEM), Message("user", "Colour?")]
+    assert whole.usage.prompt_tokens == len(ChatEncoder(tokenizer).prompt(conversation))
+    *parts, last = client.chat.completions.create(**ask, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == "green"
+    assert last.choices[0].finish_reason == "stop"
 
 
 def test_a_conversation_remembers_and_forgets(generate, memorized, monkeypatch, capsys):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from lemur_fast.training.flops import model_flops, peak_flops, peak_of
+from lemur_fast.training.lora import lora_config
 
 
 def counted(model, tokens):
@@ -21,6 +23,23 @@ def test_products_are_those_that_torch_counts(make_model):
     masked = 3 * 4 * head * heads * layers * (tokens**2 - tokens * (tokens + 1) // 2)
     assert ours + masked == counted(model, tokens)
     assert pairs > masked > 0
+
+
+@pytest.mark.parametrize("tokens_are_new", [False, True])
+def test_frozen_weights_cost_no_gradient(make_model, tokens_are_new):
+    tokens, rank = 40, 4
+    base = make_model(attn_implementation="eager", tie_word_embeddings=False)
+    config, lora = base.config, lora_config(rank, 8, tokens_are_new, tied=False)
+    model = get_peft_model(base, lora)
+    masked = 3 * 4 * 8 * 4 * 2 * (tokens**2 - tokens * (tokens + 1) // 2)
+    # Only a trained embedding asks for gradients of the first layer's inputs: of q, k, v (32 + 16 + 16 outputs) and of
+    # their adapters.
+    first = 0 if tokens_are_new else 2 * 32 * (32 + 16 + 16 + 3 * rank) * tokens
+    assert model_flops(config, [tokens], tokens, lora) + masked == counted(model, tokens) + first
+    whole, adapted = (model_flops(config, [tokens], 0, given) for given in (None, lora))
+    assert whole - adapted == 2 * tokens * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) - 6 * tokens * 2 * rank * (
+        2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+    )
 
 
 def test_documents_count_by_their_squares_and_untrained_tokens_skip_the_head(make_model):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lemur_fast.data.chat.conversation import ROLES, Conversation, Message
 
@@ -218,6 +218,19 @@ def fitted(encoded: Encoded, max_tokens: int, overlong: Overlong) -> list[Encode
         if piece.trained.any():
             pieces.append(piece)
     return pieces
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """How Lemur-Chat is served: it stops at the end of a turn, and at that of a document."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, end}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def template_mask(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:

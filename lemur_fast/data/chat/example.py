@@ -1,10 +1,14 @@
 """A conversation as the model sees it, coloured by what is trained on."""
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lemur_fast.data.chat.chatml import CHAT_TOKENS, Encoded
+from lemur_fast.data.chat.chatml import CHAT_TOKENS, ChatEncoder, Encoded
+from lemur_fast.data.chat.conversation import Unfit, checked
+from lemur_fast.data.chat.sources import ChatSource
 
 TRAINED, UNTRAINED, CONTROL = "bold green", "dim", "magenta"
 
@@ -48,3 +52,19 @@ def show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, title: str, conso
         legend.append(", ").append("control token", style=CONTROL)
     console.print(legend, end="\n\n")
     console.print(colored(encoded, tokenizer, marks=plain), soft_wrap=True)
+
+
+def show_first(sources: Iterable[ChatSource], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print the first conversation of each source."""
+    encoder = ChatEncoder(tokenizer)
+    for source in sources:
+        for item in source.read():
+            try:
+                conversation = checked(item)
+            except Unfit:
+                continue
+            (encoded,) = encoder([conversation])
+            show(encoded, tokenizer, f"\n{source.name}/{conversation.name}")
+            break
+        else:
+            print(f"\n{source.name}: no conversation that could be trained on")

@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -55,6 +55,11 @@ def parse_source(line: str) -> ChatSource:
         files_of(Path(where))  # a name that is wrong shows now, not after an hour of reading others
     licence = "as its publisher states"
     return ChatSource(name or form, where, licence, lambda: FORMATS[form](_objects(_records(where))))
+
+
+def chat_sources(lines: Sequence[str]) -> list[ChatSource]:
+    """The sources that the lines describe, see `parse_source`; without any, the embedded ones."""
+    return [parse_source(line) for line in lines] or embedded_chat_sources()
 
 
 def files_of(path: Path) -> list[Path]:

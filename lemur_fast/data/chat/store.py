@@ -3,13 +3,13 @@
     sources ─ shape ─ duplicates ─ split ─ ChatML ─ fitted to the row ─ train/, held_out/, manifest.json
 
 The files are those of `lemur_fast.data.store`, with one more column, `trained`; mixture and loader read it as they read
-any other. What became of every conversation is counted in the manifest.
+any other. What became of every conversation is counted in the manifest. While the store is made, the conversations lie
+in it a second time, as text.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, Overlong, fitted
-from lemur_fast.data.chat.conversation import Conversation, Unfit, checked, opening, text
+from lemur_fast.data.chat.conversation import Conversation, Unfit, checked, opening
+from lemur_fast.data.chat.duplicates import Kept, chunks
 from lemur_fast.data.chat.sources import ChatSource
+from lemur_fast.data.dedup import text_digest
+from lemur_fast.data.pipeline import Settings
 from lemur_fast.data.store import SPLITS, Split, TokenStore, token_schema
 from lemur_fast.data.tokenizer import fingerprint
 from lemur_fast.files import staged_folder
 
-_CHUNK = 256  # conversations tokenized at a time
+NEAR_DUPLICATES = Settings.near_duplicates
+"""Jaccard similarity from which on a conversation is a near duplicate: that of documents."""
 
 
 def build_chat_store(
@@ -35,6 +39,7 @@ def build_chat_store(
     max_tokens: int,
     *,
     overlong: Overlong = "split",
+    near_duplicates: float = NEAR_DUPLICATES,
     held_out: float = 0.05,
     tokenizer_notice: str = "",
 ) -> TokenStore:
@@ -42,26 +47,29 @@ def build_chat_store(
 
     Args:
         folder: the store to make; it appears only when it is whole.
-        sources: read one after another; a conversation of an earlier one wins over its copy in a later one.
+        sources: read one after another; a conversation of an earlier one wins over what is like it in a later one.
         tokenizer: one that `add_chat_tokens` has prepared.
         max_tokens: most tokens of a document, the length of a packed row.
         overlong: what becomes of longer conversations; see `chatml.fitted`.
+        near_duplicates: Jaccard similarity of 5-word shingles from which on a conversation is dropped for an earlier
+            one, in [0, 1]; 0 keeps all but exact copies. See `duplicates`.
         held_out: share of the conversations to set apart for evaluation, in [0, 1); those with the same first message
             stay together.
         tokenizer_notice: origin and licence of the tokenizer, for the manifest.
 
     Raises:
-        ValueError: a source gives nothing to train on (its reasons are named), two have the same name, or `held_out` is
-            out of range.
+        ValueError: a source gives nothing to train on (its reasons are named), two have the same name, or `held_out`
+            or `near_duplicates` is out of range.
     """
+    if not 0 <= near_duplicates <= 1:
+        raise ValueError(f"near_duplicates must be in [0, 1], got {near_duplicates}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be in [0, 1), got {held_out}")
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"two sources have the same name: {', '.join(names)}; NAME=FORMAT:WHERE gives them their own")
     encoder = ChatEncoder(tokenizer)
-    seen: set[bytes] = set()
-    ledger: dict[str, dict[str, Any]] = {}
+    ledger = {source.name: _new_entry(source) for source in sources}
     # A byte says whether a token is trained on: bits could not be read without copying them.
     schema = token_schema(len(tokenizer)).append(pa.field("trained", pa.list_(pa.uint8())))
 
@@ -71,15 +79,20 @@ def build_chat_store(
         for split in SPLITS:
             (staging / split).mkdir()
             writers[split] = pa.ipc.new_stream(staging / split / "conversations.arrow", schema)
-        bar = tqdm(desc="tokenizing", unit=" conversations", leave=False, disable=None)
+        kept = Kept(staging / "conversations.arrow")
+        numbers = {source.name: kept.add(_fit(source, ledger[source.name])) for source in sources}
+        duplicates = kept.duplicates(near_duplicates)
+        bar = tqdm(desc="tokenizing", total=len(kept), unit=" conversations", leave=False, disable=None)
         for source in sources:
-            entry = ledger[source.name] = _new_entry(source)
-            for conversations in _chunks(_kept(source, seen, entry)):
+            entry, here = ledger[source.name], numbers[source.name]
+            entry["dropped"].update(duplicates[number] for number in here if number in duplicates)
+            bar.update(sum(number in duplicates for number in here))
+            for conversations in chunks(kept[number] for number in here if number not in duplicates):
                 rows: dict[Split, list[tuple[str, Encoded]]] = {split: [] for split in SPLITS}
                 for conversation, encoded in zip(conversations, encoder(conversations), strict=True):
                     pieces = fitted(encoded, max_tokens, overlong)
                     _count_overlong(entry, encoded, pieces)
-                    place = int.from_bytes(_digest(opening(conversation))[:8], "big") / 2**64
+                    place = int.from_bytes(text_digest(opening(conversation))[:8], "big") / 2**64
                     split = "held_out" if place < held_out else "train"
                     for index, piece in enumerate(pieces):
                         name = conversation.name + (f"#{index + 1}" if len(pieces) > 1 else "")
@@ -109,18 +122,61 @@ def build_chat_store(
         bar.close()
         for writer in writers.values():
             writer.close()
+        (staging / "conversations.arrow").unlink()
         manifest = {
             "tokenizer": {
                 "vocab_size": len(tokenizer),
                 "fingerprint": fingerprint(tokenizer),
                 "notice": tokenizer_notice,
             },
-            "chat": {"max_tokens": max_tokens, "overlong": overlong},
+            "chat": {"max_tokens": max_tokens, "overlong": overlong, "near_duplicates": near_duplicates},
             "held_out": held_out,
             "sources": ledger,
         }
         (staging / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return TokenStore(folder)
+
+
+def open_chat_store(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    sources: Sequence[ChatSource] | None,
+    settings: Mapping[str, Any],
+) -> TokenStore:
+    """The store in `folder`, if it is what a run asks for.
+
+    Args:
+        folder: made by `build_chat_store`.
+        tokenizer: that of the model.
+        max_tokens: length of a packed row.
+        sources: those it must have been made of; None: whichever.
+        settings: values that `build_chat_store` must have been called with, by the names of its arguments.
+
+    Raises:
+        ValueError: it is another; the settings of the recipe that say so are named.
+    """
+    store = TokenStore(folder)
+    if "chat" not in store.manifest:
+        raise ValueError(f"--data {folder} holds no conversations: it was made for pretraining")
+    used, made = store.manifest["tokenizer"], store.manifest["chat"] | {"held_out": store.manifest["held_out"]}
+    if used["fingerprint"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"--data {folder} was tokenized with another tokenizer ({used['notice']}; {used['vocab_size']} tokens) "
+            f"than the model's ({len(tokenizer)} tokens)"
+        )
+    for name, asked in settings.items():
+        if asked != made[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {asked}: the conversations in {folder} were prepared with {made[name]}")
+    origins = {name: source["origin"] for name, source in store.manifest["sources"].items()}
+    if sources is not None and {source.name: source.origin for source in sources} != origins:
+        raise ValueError(
+            f"--sources: {folder} was made of others ({', '.join(origins)}); resume with those, or start a new run"
+        )
+    if made["max_tokens"] > max_tokens:
+        raise ValueError(f"--data {folder} was made for rows of {made['max_tokens']} tokens, --seq-len is {max_tokens}")
+    return store
 
 
 def _new_entry(source: ChatSource) -> dict[str, Any]:
@@ -130,35 +186,14 @@ def _new_entry(source: ChatSource) -> dict[str, Any]:
     return entry | {split: {"documents": 0, "tokens": 0, "trained": 0} for split in SPLITS}
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _kept(source: ChatSource, seen: set[bytes], entry: dict[str, Any]) -> Iterator[Conversation]:
-    """What is fit to train on and no copy; the rest is counted."""
-    for item in source.read():
+def _fit(source: ChatSource, entry: dict[str, Any]) -> Iterator[Conversation]:
+    """What is fit to train on; the rest is counted."""
+    for item in tqdm(source.read(), f"reading {source.name}", unit=" conversations", leave=False, disable=None):
         entry["conversations"] += 1
         try:
-            conversation = checked(item)
-            digest = _digest(text(conversation))
-            if digest in seen:
-                raise Unfit("exact duplicate")
-            seen.add(digest)
+            yield checked(item)
         except Unfit as unfit:
             entry["dropped"][str(unfit)] += 1
-            continue
-        yield conversation
-
-
-def _chunks(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    chunk: list[Conversation] = []
-    for conversation in conversations:
-        chunk.append(conversation)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _count_overlong(entry: dict[str, Any], encoded: Encoded, pieces: list[Encoded]) -> None:

@@ -80,6 +80,26 @@ def test_everything_that_is_left_out_is_counted(build):
         assert words in text
 
 
+def test_near_duplicates_are_counted_by_source(build, tmp_path):
+    long = "Which colour has a lemur that sits in the sun all day long and looks at the sea?"
+    one = [talk(long, "It is grey, and its tail has rings."), talk("Hi!", "Hello.")]
+    two = [talk("Say! " + long, "It is grey, and its tail has rings."), talk("Hi", "Hello"), talk(long, "Red")]
+    store = build(source("one", one), source("two", two))
+    assert [store.manifest["sources"][name]["dropped"] for name in ("one", "two")] == [{}, {"near duplicate": 1}]
+    assert store.manifest["chat"]["near_duplicates"] == 0.7
+    assert [store.manifest["sources"][name]["train"]["documents"] for name in ("one", "two")] == [2, 2]
+    assert len(store.train) == 4
+    assert "3 conversations, dropped: 1 near duplicate" in describe(store)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"train", "held_out", "manifest.json"}
+
+
+def test_near_duplicates_may_stay(build):
+    items = [talk(f"Which colour has a lemur that sits in the sun all day{mark}", "Grey") for mark in "?!"]
+    assert len(build(source("s", items), near_duplicates=0).train) == 2
+    with pytest.raises(ValueError, match=r"near_duplicates must be in \[0, 1\], got 2"):
+        build(source("s", items), near_duplicates=2)
+
+
 @pytest.mark.parametrize(("overlong", "pieces"), [("split", 3), ("truncate", 1), ("drop", 0)])
 def test_overlong_conversations(build, overlong, pieces):
     store = build(source("s", [talk(*["word " * 20] * 6), talk("a", "b")]), max_tokens=320, overlong=overlong)
