@@ -228,6 +228,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
         lora = lora_config(args.lora_rank, args.lora_alpha, tokens_are_new, config.tie_word_embeddings)
     default, resume = Path("runs") / f"chat-{args.preset}", args.resume == "auto"
     folder = world.first(lambda: run_folder(args.out, default, args.overwrite, resume))
+    world.hold(claimed(folder))
     world.print(f"run        {folder}: preset {args.preset}, tunes {source}")
     record: dict[str, Any] = {"recipe": "chat", "settings": dataclasses.asdict(args), "base": str(source)}
     if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
