@@ -53,18 +53,17 @@ def generate() -> Any:
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token store of the standard library's shorter modules: real code and prose, made in a moment."""
-    from pydoc_data.topics import topics
-
-    library = Path(os.__file__).parent
-    code = [(path.name, path.read_text(), "PSF-2.0") for path in sorted(library.glob("[a-e]*.py"))]
-    text = [(title, topics[title], "PSF-2.0") for title in sorted(topics)[:40]]
     folder = tmp_path_factory.mktemp("data") / "store"
-    make_store(folder, code, text)
+    make_store(folder, "[a-e]*.py", slice(40))
     return folder
 
 
-def make_store(folder: Path, code: list[tuple[str, str, str]], text: list[tuple[str, str, str]]) -> None:
-    """A token store of documents: name, content and licence of each."""
+def make_store(folder: Path, modules: str, titles: slice) -> None:
+    """A token store of modules of the standard library and topics of its manual."""
+    from pydoc_data.topics import topics
+
+    code = [(path.name, path.read_text(), "PSF-2.0") for path in sorted(Path(os.__file__).parent.glob(modules))]
+    text = [(title, topics[title], "PSF-2.0") for title in sorted(topics)[titles]]
     sources = [
         Generated("library", "code", "a test", "PSF-2.0", lambda: iter(code)),
         Generated("topics", "text", "a test", "PSF-2.0", lambda: iter(text)),

@@ -92,7 +92,17 @@ def adapted(chat, base, sources, tmp_path_factory):
 def test_a_run_leaves_everything_it_promises(tuned):
     names = {path.name for path in tuned.iterdir()}
     assert names == {
-        *("run.json", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt", "data", "model", "checkpoints")
+        *(
+            "run.json",
+            "metrics.jsonl",
+            "tensorboard",
+            "loss.png",
+            "samples.txt",
+            "data",
+            "model",
+            "checkpoints",
+            ".lock",
+        )
     }
     record = json.loads((tuned / "run.json").read_text())
     assert (record["outcome"], record["steps_done"]) == ("finished", 8)

@@ -46,7 +46,17 @@ def test_a_run_leaves_everything_it_promises(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("run.json", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt", "data", "model", "checkpoints")
+        *(
+            "run.json",
+            "metrics.jsonl",
+            "tensorboard",
+            "loss.png",
+            "samples.txt",
+            "data",
+            "model",
+            "checkpoints",
+            ".lock",
+        )
     }
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000024"]
     assert {path.name for path in (folder / "model").iterdir()} == {

@@ -234,8 +234,7 @@ def test_another_run_is_not_resumed(pretrain, tmp_path, small_store, whole, caps
 
 def test_other_documents_are_not_resumed(pretrain, tmp_path, whole, capsys):
     folder = until_step(tmp_path, whole, STEPS)
-    documents = [(f"{i}", f"The document of number {i} is about {i * i}. " * 40, "CC0-1.0") for i in range(60)]
-    make_store(tmp_path / "other", documents[:30], documents[30:])
+    make_store(tmp_path / "other", "[f-j]*.py", slice(40, 80))
     assert run(pretrain, *COMMON, "--out", folder, "--data", tmp_path / "other", "--resume", "auto") == 2
     assert "--documents was" in capsys.readouterr().err
 
