@@ -51,13 +51,9 @@ def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, r
         if runs:
             return runs[-1]
     if out is None:
-        for number in itertools.count(1):
-            folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
-            if not _taken(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                return folder
-    assert out is not None
-    if _taken(out):
+        numbered = (default.with_name(f"{default.name}-{number}") for number in itertools.count(2))
+        out = next(folder for folder in itertools.chain([default], numbered) if not _taken(folder))
+    elif _taken(out):
         if not overwrite:
             raise FileExistsError(f"--out {out} is not empty: choose another folder, or delete it with --overwrite")
         if not (out / "run.json").is_file():

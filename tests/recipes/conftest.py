@@ -17,6 +17,10 @@ from lemur_fast.training.interruption import Interruption
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 SHAPE = ["--hidden-size", "32", "--intermediate-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "1"]
+RUN_FILES = {
+    *("run.json", "metrics.jsonl", "tensorboard", "loss.png", "samples.txt", "data", "model", "checkpoints", ".lock")
+}
+"""What a finished run leaves in its folder."""
 MICRO = ["--seq-len", "256", "--batch-tokens", "1024", "--eval-tokens", "1024", "--warmup-steps", "2"]
 MICRO += ["--lr", "2e-2", "--sample-tokens", "8", "--dtype", "float32"]
 

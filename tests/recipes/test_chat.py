@@ -29,7 +29,7 @@ from lemur_fast.training.fit import fit
 from lemur_fast.training.flops import model_flops
 from lemur_fast.training.interruption import Interruption
 from lemur_fast.training.saving import save_model
-from tests.recipes.conftest import RECIPES
+from tests.recipes.conftest import RECIPES, RUN_FILES
 
 SETTINGS = ["--seq-len", "128", "--batch-tokens", "256", "--eval-tokens", "512", "--warmup-steps", "2", "--lr", "1e-2"]
 SETTINGS += ["--sample-tokens", "4", "--dtype", "float32", "--spike", "0", "--checkpoint-every", "0"]
@@ -91,19 +91,7 @@ def adapted(chat, base, sources, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(tuned):
     names = {path.name for path in tuned.iterdir()}
-    assert names == {
-        *(
-            "run.json",
-            "metrics.jsonl",
-            "tensorboard",
-            "loss.png",
-            "samples.txt",
-            "data",
-            "model",
-            "checkpoints",
-            ".lock",
-        )
-    }
+    assert names == RUN_FILES
     record = json.loads((tuned / "run.json").read_text())
     assert (record["outcome"], record["steps_done"]) == ("finished", 8)
     assert "--- Hi, how are you?" in (tuned / "samples.txt").read_text()

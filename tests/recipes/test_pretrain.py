@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemur_fast.data.store import TokenStore
 from lemur_fast.training import distributed, loop, weights
 from lemur_fast.training.interruption import Interruption
-from tests.recipes.conftest import launch, metrics, run
+from tests.recipes.conftest import RUN_FILES, launch, metrics, run
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +45,7 @@ def data(finished):
 def test_a_run_leaves_everything_it_promises(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
-    assert names == {
-        *(
-            "run.json",
-            "metrics.jsonl",
-            "tensorboard",
-            "loss.png",
-            "samples.txt",
-            "data",
-            "model",
-            "checkpoints",
-            ".lock",
-        )
-    }
+    assert names == RUN_FILES
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000024"]
     assert {path.name for path in (folder / "model").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, what they survive, and what they refuse."""
 
+import contextlib
 import json
 import pickle
 import resource
@@ -196,38 +197,42 @@ def test_without_a_whole_one_there_is_nothing_to_resume(start):
         run.checkpoints.latest()
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Files can grow to 64 KiB and no further: the system refuses, as it does when the disk is full."""
+    """Files can grow to 64 KiB and no further: the system refuses, as it does when the disk is full.
+
+    No fixture: pytest writes a test's result before it ends the fixtures, perhaps to a file that is larger than that.
+    """
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, old[1]))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk_loses_nothing(start, capsys, request):
+def test_a_full_disk_loses_nothing(start, capsys):
     run = start().train(2)
     run.save()
-    more_room = request.getfixturevalue("full_disk")
-    run.train(3).save()
+    with full_disk():
+        run.train(3).save()
     printed = capsys.readouterr().out
     assert "the checkpoint of step 3 could not be written (" in printed
     assert "the one of step 2 is whole" in printed
     assert run.checkpoints.failed == 1
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["step-00000002"]
-    run.train(4)  # training goes on
-    more_room()
-    run.save()
+    run.train(4).save()  # training goes on
     assert run.checkpoints.steps() == [2, 4]
     whole, other = start().train(4), start()
     assert other.resume()["step"] == 4
     assert all(torch.equal(other.everything()[name], value) for name, value in whole.everything().items())
 
 
-def test_a_failure_is_told_while_training_goes_on(start, full_disk):
+def test_a_failure_is_told_while_training_goes_on(start):
     run = start().train(1)
-    run.checkpoints.save(1, run.state, {})
-    run.checkpoints._writing[2].exception()
+    with full_disk():
+        run.checkpoints.save(1, run.state, {})
+        run.checkpoints._writing[2].exception()
     assert "there is none before it" in run.checkpoints.poll()
     assert run.checkpoints.poll() is None
 
