@@ -17,8 +17,9 @@ chat: $(INSTALLED)
 	$(BIN)/python recipes/chat.py $(ARGS)
 
 # Triton's kernels run twice: their machine code, and, in a process of its own, their source in Triton's interpreter.
-# There the tests of the ops go through them, too. ARGS may leave the second run without a test, which is pytest's 5.
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/ops
+# There the tests of the ops go through them, too: Python alone, so a process a core takes half of the time on two.
+# ARGS may leave the second run without a test, which is pytest's 5.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/kernels tests/ops
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
