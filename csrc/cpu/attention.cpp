@@ -26,7 +26,7 @@ namespace {
 constexpr float kLn2 = 0.693147181f;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t blocks_of(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
 
 // ---- which query sees which key, in tokens of their document ----
@@ -45,14 +45,16 @@ struct Visibility {
 
 // A block of keys against a block of queries, the queries in lanes.
 struct BlockMask {
+  bool diagonal;  // some key is not seen by all queries that come before it
   bool needed;
   int64_t lowest;  // the first query lane that sees the block's first key; a lane more for every key after it
   int64_t window;
 
   BlockMask(const Visibility& v, int64_t key, int64_t keys, int64_t query, int64_t queries)
-      : needed(false), lowest(key - v.offset - query), window(v.window) {
+      : diagonal(false), needed(false), lowest(key - v.offset - query), window(v.window) {
     if (!v.causal) return;
-    needed = lowest + keys - 1 > 0 || (window && lowest + window < queries);
+    diagonal = lowest + keys - 1 > 0;
+    needed = diagonal || (window && lowest + window < queries);
   }
 
   // `seen` in the lanes from `lane` on that see key row `row`, `other` elsewhere.
@@ -63,6 +65,36 @@ struct BlockMask {
     Reg kept = select(less(index, broadcast_reg(static_cast<float>(begin))), other, seen);
     if (window) kept = select(less(index, broadcast_reg(static_cast<float>(end))), kept, other);
     return kept;
+  }
+};
+
+// The keys of a block in bands of rows. A band's queries begin with the first lanes that see one of its keys, so that
+// most of the upper half of a block on the diagonal is neither computed nor read. Off the diagonal there is one band.
+template <typename Policy>
+struct Bands {
+  static constexpr int64_t kRows = most(16, Policy::kStep);
+  const BlockMask& mask;
+  int64_t keys;  // with their padding
+  int64_t lanes;
+
+  int64_t first_lane(int64_t row) const {
+    return mask.diagonal ? most(0, mask.lowest + row / kRows * kRows) / Policy::kWidth * Policy::kWidth : 0;
+  }
+  // Past the last of `rows` keys whose band has the register at `lane`.
+  int64_t past_row(int64_t lane, int64_t rows) const {
+    if (!mask.diagonal) return rows;
+    const int64_t past = lane / Policy::kWidth * Policy::kWidth + Policy::kWidth - mask.lowest;
+    return least(rows, round_up(most(0, past), kRows));
+  }
+  // Calls body(row, rows, lane) for every band that has queries.
+  template <typename Body>
+  void each(Body&& body) const {
+    const int64_t step = mask.diagonal ? kRows : keys;
+    for (int64_t row = 0; row < keys; row += step) {
+      const int64_t lane = first_lane(row);
+      if (lane >= lanes) return;
+      body(row, least(step, keys - row), lane);
+    }
   }
 };
 
@@ -152,11 +184,13 @@ void write_transposed(const float* x, int64_t count, int64_t head_dim, float fac
 
 // Turns products [rows, kBlock] into exp(s - largest) and brings the statistics of the lanes up to date; the output so
 // far, [width, kBlock], is rescaled to them.
-template <bool kSoftcap>
-void softmax_block(const Scores<kSoftcap>& score, const BlockMask& mask, float* s, int64_t rows, int64_t lanes,
-                   float* largest, float* total, float* output, int64_t width, bool first) {
+template <typename Policy, bool kSoftcap>
+void softmax_block(const Scores<kSoftcap>& score, const Bands<Policy>& bands, float* s, int64_t keys, float* largest,
+                   float* total, float* output, int64_t width, bool first) {
+  const BlockMask& mask = bands.mask;
   const Reg none = broadcast_reg(-INFINITY), zero = broadcast_reg(0.f);
-  for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
+  for (int64_t lane = 0; lane < bands.lanes; lane += kRegLanes) {
+    const int64_t rows = bands.past_row(lane, keys);
     const Reg before = load_reg(largest + lane);
     Reg high = before;
     for (int64_t row = 0; row < rows; ++row) {
@@ -227,12 +261,19 @@ struct Forward {
         const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
-          policy.product(padded, lanes, width, keys[key_block], width, query[0], kBlock, s, kBlock, false);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
-          softmax_block(score, mask, s, rows, lanes, largest, total, output, width, key_block == begin);
+          const Bands<Policy> bands{mask, padded, lanes};
+          bands.each([&](int64_t row, int64_t many, int64_t lane) {
+            policy.product(many, lanes - lane, width, keys[key_block] + row * width, width,
+                           query[0] + Policy::column(lane), kBlock, s + row * kBlock + lane, kBlock, false);
+          });
+          softmax_block(score, bands, s, rows, largest, total, output, width, key_block == begin);
           std::memset(s + rows * kBlock, 0, sizeof(float) * static_cast<size_t>((padded - rows) * kBlock));
-          policy.product(width, lanes, padded, values[key_block], kBlock, Policy::as_b(s, padded, converted), kBlock,
-                         output, kBlock, true);
+          const auto* p = Policy::as_b(s, padded, converted);
+          bands.each([&](int64_t row, int64_t many, int64_t lane) {
+            policy.product(width, lanes - lane, many, values[key_block] + row, kBlock,
+                           p + row * kBlock + Policy::column(lane), kBlock, output + lane, kBlock, true);
+          });
         }
         finish(doc.query_start + first, head, count, lanes, largest, total, output);
       }
@@ -315,16 +356,32 @@ struct Backward {
         const int64_t end = visible.past_key_block(first + count);
         for (int64_t key_block = visible.first_key_block(first); key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
-          policy.product(padded, lanes, width, keys[key_block], width, query_turned[block], kBlock, p, kBlock, false);
-          policy.product(padded, lanes, width, values[key_block], width, dout_turned[block], kBlock, ds, kBlock, false);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
-          gradients_of_scores(mask, p, ds, rows, padded, lanes, lse + first, delta + first);
-          policy.product(padded, width, lanes, Policy::as_a(p, padded, converted), kBlock, dout[block], width,
-                         dv + key_block * block_size, width, true);
-          policy.product(padded, width, lanes, Policy::as_a(ds, padded, converted), kBlock, query[block], width,
-                         dk + key_block * block_size, width, true);
-          policy.product(width, lanes, padded, keys_turned[key_block], kBlock, Policy::as_b(ds, padded, converted),
-                         kBlock, dq_turned + block * block_size, kBlock, true);
+          const Bands<Policy> bands{mask, padded, lanes};
+          bands.each([&](int64_t row, int64_t many, int64_t lane) {
+            const int64_t left = row * width, right = Policy::column(lane), at = row * kBlock + lane;
+            policy.product(many, lanes - lane, width, keys[key_block] + left, width, query_turned[block] + right,
+                           kBlock, p + at, kBlock, false);
+            policy.product(many, lanes - lane, width, values[key_block] + left, width, dout_turned[block] + right,
+                           kBlock, ds + at, kBlock, false);
+          });
+          gradients_of_scores(bands, p, ds, rows, lse + first, delta + first);
+          const auto* left = Policy::as_a(p, padded, converted);
+          bands.each([&](int64_t row, int64_t many, int64_t lane) {
+            policy.product(many, width, lanes - lane, left + row * kBlock + lane, kBlock, dout[block] + lane * width,
+                           width, dv + key_block * block_size + row * width, width, true);
+          });
+          left = Policy::as_a(ds, padded, converted);
+          bands.each([&](int64_t row, int64_t many, int64_t lane) {
+            policy.product(many, width, lanes - lane, left + row * kBlock + lane, kBlock, query[block] + lane * width,
+                           width, dk + key_block * block_size + row * width, width, true);
+          });
+          const auto* right = Policy::as_b(ds, padded, converted);
+          bands.each([&](int64_t row, int64_t many, int64_t lane) {
+            policy.product(width, lanes - lane, many, keys_turned[key_block] + row, kBlock,
+                           right + row * kBlock + Policy::column(lane), kBlock, dq_turned + block * block_size + lane,
+                           kBlock, true);
+          });
         }
         T* dq = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
         write_transposed(dq_turned + block * block_size, count, a.head_dim, a.scale, dq, a.q_heads * a.head_dim);
@@ -357,11 +414,12 @@ struct Backward {
   }
 
   // From products to probabilities (p) and gradients of products (ds), but for the scale.
-  void gradients_of_scores(const BlockMask& mask, float* p, float* ds, int64_t rows, int64_t padded, int64_t lanes,
-                           const float* lse, const float* delta) const {
+  void gradients_of_scores(const Bands<Policy>& bands, float* p, float* ds, int64_t rows, const float* lse,
+                           const float* delta) const {
+    const BlockMask& mask = bands.mask;
     const Reg zero = broadcast_reg(0.f);
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
+      for (int64_t lane = bands.first_lane(row); lane < bands.lanes; lane += kRegLanes) {
         float* p_at = p + row * kBlock + lane;
         float* ds_at = ds + row * kBlock + lane;
         Reg slope = zero;
@@ -376,7 +434,7 @@ struct Backward {
         store_reg(ds_at, gradient);
       }
     }
-    const auto rest = sizeof(float) * static_cast<size_t>((padded - rows) * kBlock);
+    const auto rest = sizeof(float) * static_cast<size_t>((bands.keys - rows) * kBlock);
     std::memset(p + rows * kBlock, 0, rest);
     std::memset(ds + rows * kBlock, 0, rest);
   }

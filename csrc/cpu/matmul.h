@@ -36,10 +36,14 @@ struct Fma {
   // Floats of scratch memory that a pack of one block takes.
   static int64_t pack_size(int64_t width) { return kBlock * width; }
 
-  // As an a, and as a b: [kBlock, width].
+  // From the start of a row of a b to its column n.
+  static int64_t column(int64_t n) { return n; }
+
+  // As an a, and as a b: [kBlock, width], of which the rows are written that x has, and zeros up to a multiple of 16.
   template <typename T>
   static void pack(const Rows<T>& x, int64_t width, float* out) {
-    if (x.count < kBlock || x.width < width) std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width));
+    const int64_t written = x.width < width ? 0 : x.count;
+    std::memset(out + written * width, 0, sizeof(float) * static_cast<size_t>((padded_rows(x) - written) * width));
     for (int64_t row = 0; row < x.count; ++row) {
       const T* from = x.data + row * x.stride;
       float* to = out + row * width;
@@ -55,21 +59,21 @@ struct Fma {
     pack(x, width, out);
   }
 
-  // The transpose, as an a, and as a b: [width, kBlock].
+  // The transpose, as an a, and as a b: [width, kBlock], as many columns as a pack has rows.
   template <typename T>
   static void pack_transposed(const Rows<T>& x, int64_t width, float* out) {
     alignas(64) float rows[kBlock * kMaxWidth];
-    const int64_t padded = round_up(width, 16);
+    const int64_t padded = round_up(width, 16), count = padded_rows(x);
     pack(x, padded, rows);
     for (int64_t column = 0; column < padded; column += 16) {
       if (column + 16 <= width) {
-        for (int64_t row = 0; row < kBlock; row += 16) {
+        for (int64_t row = 0; row < count; row += 16) {
           transpose_16x16(rows + row * padded + column, padded, out + column * kBlock + row, kBlock);
         }
         continue;
       }
       for (int64_t i = column; i < width; ++i) {
-        for (int64_t row = 0; row < kBlock; ++row) out[i * kBlock + row] = rows[row * padded + i];
+        for (int64_t row = 0; row < count; ++row) out[i * kBlock + row] = rows[row * padded + i];
       }
     }
   }
@@ -95,40 +99,62 @@ struct Fma {
     for (; column + kPanel * kRegLanes <= n; column += kPanel * kRegLanes) {
       panel<kPanel>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
     }
-    for (; column < n; column += kRegLanes) {
-      panel<1>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+    switch ((n - column) / kRegLanes) {
+      case 1:
+        return panel<1>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+      case 2:
+        return panel<2>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+      case 3:
+        return panel<3>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
     }
   }
 
  private:
-  // Registers across: with kStep down, as many sums as hide the latency of an fma and still fit the register file.
+  // Registers across, and registers of sums: as many as hide the latency of an fma and still fit the register file.
 #if defined(LEMUR_ISA_AVX512)
-  static constexpr int kPanel = 4;
+  static constexpr int kPanel = 4, kSums = 16;
 #else
-  static constexpr int kPanel = 2;
+  static constexpr int kPanel = 2, kSums = 8;
 #endif
 
+  template <typename T>
+  static int64_t padded_rows(const Rows<T>& x) {
+    return round_up(x.count, 16);
+  }
+
+  // The fewer registers across, the more rows at a time.
   template <int kColumns>
   static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                     int64_t c_stride, bool accumulate) {
-    for (int64_t row = 0; row < m; row += kStep, a += kStep * a_stride, c += kStep * c_stride) {
-      Reg sums[kStep][kColumns];
-      for (int i = 0; i < kStep; ++i) {
-        for (int j = 0; j < kColumns; ++j) {
-          sums[i][j] = accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
-        }
+    constexpr int kTall = kColumns < kPanel ? kSums / kColumns / kStep * kStep : kStep;
+    int64_t row = 0;
+    for (; row + kTall <= m; row += kTall) {
+      tile<kTall, kColumns>(k, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, accumulate);
+    }
+    for (; row < m; row += kStep) {
+      tile<kStep, kColumns>(k, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, accumulate);
+    }
+  }
+
+  template <int kRows, int kColumns>
+  static void tile(int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                   int64_t c_stride, bool accumulate) {
+    Reg sums[kRows][kColumns];
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        sums[i][j] = accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
       }
-      for (int64_t step = 0; step < k; ++step) {
-        Reg right[kColumns];
-        for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
-        for (int i = 0; i < kStep; ++i) {
-          const Reg left = broadcast_reg(a[i * a_stride + step]);
-          for (int j = 0; j < kColumns; ++j) sums[i][j] = fma(left, right[j], sums[i][j]);
-        }
+    }
+    for (int64_t step = 0; step < k; ++step) {
+      Reg right[kColumns];
+      for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
+      for (int i = 0; i < kRows; ++i) {
+        const Reg left = broadcast_reg(a[i * a_stride + step]);
+        for (int j = 0; j < kColumns; ++j) sums[i][j] = fma(left, right[j], sums[i][j]);
       }
-      for (int i = 0; i < kStep; ++i) {
-        for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
-      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
     }
   }
 };
@@ -154,6 +180,7 @@ struct Tiles {
   Tiles& operator=(const Tiles&) = delete;
 
   static int64_t pack_size(int64_t width) { return kBlock * width / 2; }
+  static int64_t column(int64_t n) { return 2 * n; }
   static int64_t result_size() { return kBlock * kBlock / 2; }
 
   // [kBlock, width].
