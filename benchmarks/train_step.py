@@ -9,7 +9,8 @@ All rows train the same model on the same packed batch with the same loss: forwa
 Each runs in a process of its own and they take turns, except on a GPU, where one after the other has the memory: first
 the baseline and lemur_fast, last what torch compiles, so that what a time limit cuts off is the least.
 Liger's patches, and Hugging Face on FlashAttention, take part where they are installed and there is a GPU. The last row
-is the floor: the model's own matrix products alone, forward and backward, on tensors of the same shapes. A row whose
+is the floor: the model's own matrix products alone, forward and backward, on tensors of the same shapes, in float32
+where lemur_fast takes them so because this CPU is faster at that. A row whose
 loss disagrees with the float32 loss of stock Hugging Face prints no time.
 
 MFU is the FLOPs that the mathematics asks for (`lemur_fast.training.flops`: attention inside documents, the output
@@ -42,6 +43,7 @@ from benchmarks.harness import (
     write_rows,
 )
 from benchmarks.peers import Unavailable, needs
+from lemur_fast.ops import _products
 from lemur_fast.training.flops import model_flops, peak_flops
 
 FLOOR = "matrix products alone"
@@ -197,7 +199,10 @@ def lemur(
 
 
 def matrix_products(config: LlamaConfig, batch: lf.PackedBatch, dtype: str, device: torch.device) -> Callable[[], None]:
-    """Output, input gradient and weight gradient of every linear layer, one after another, and nothing else."""
+    """Output, input gradient and weight gradient of every linear layer, one after another, and nothing else.
+
+    In float32 where this CPU is faster at that than at bfloat16, as lemur_fast takes them.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
@@ -212,6 +217,10 @@ def matrix_products(config: LlamaConfig, batch: lf.PackedBatch, dtype: str, devi
         for weight in weights:
             out_features, in_features = weight.shape
             x, dy = inputs[in_features], gradients[out_features]
+            if _products.serves(x, weight):
+                _products.project(x, weight, None, out=x.new_empty(tokens, out_features))
+                _products.gradients(dy, x, weight, torch.empty_like(x), torch.empty_like(weight))
+                continue
             torch.mm(x, weight.T)
             torch.mm(dy, weight)
             torch.mm(dy.T, x)

@@ -127,6 +127,11 @@ def use_backend(*names: str) -> Iterator[None]:
         _by_size.cache_clear()
 
 
+def allows(name: str) -> bool:
+    """Whether backend `name` may serve: by default, or because it was asked for."""
+    return _requested is None or name in _requested
+
+
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether a call on these tensors will be differentiated, as far as can be known."""
     for tensor in tensors:

@@ -50,6 +50,7 @@ from lemur_fast.llama.documents import (
     positions_in_documents,
     targets_within_documents,
 )
+from lemur_fast.ops import _products
 from lemur_fast.ops._loss import LossStats, only_rows
 
 # Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
@@ -80,6 +81,13 @@ def norm_forward(
     if residual is None:
         return ops.rms_norm(hidden_states, weight, self.variance_epsilon)
     return ops.rms_norm(hidden_states, weight, self.variance_epsilon, residual=residual)
+
+
+def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """``nn.Linear.forward`` where products of bfloat16 are taken in float32."""
+    if isinstance(self.weight, DTensor):  # a tensor parallel layer, or one outside of what FSDP2 gathered
+        return F.linear(input, self.weight, self.bias)
+    return _products.linear(input, self.weight, self.bias)
 
 
 def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
@@ -425,7 +433,7 @@ def head_forward(self: nn.Linear, hidden_states: Tensor, loss: Callable[..., Ten
     any floating tensor among the arguments, such as a token count.
     """
     if loss is None:
-        return F.linear(hidden_states, self.weight, self.bias)
+        return linear_forward(self, hidden_states)
     return loss(hidden_states, _whole_weight(self), bias=self.bias)
 
 

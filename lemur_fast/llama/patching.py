@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
 
 from lemur_fast.llama import forwards
 from lemur_fast.llama.binding import DTensor, Forward, FSDPModule, own_forward
+from lemur_fast.ops import _products
 
 OPS = ("rms_norm", "rotary", "swiglu", "attention", "cross_entropy", "linear_cross_entropy")
 _MAX_HEAD_DIM = 256
@@ -60,6 +61,9 @@ class Accelerated:
             parts.append(f"{count(LlamaAttention, 'attention')} ({how})")
         if "swiglu" in used:
             parts.append(f"{count(LlamaMLP, 'MLP')} (swiglu)")
+        linear = sum(isinstance(module, nn.Linear) and name != "lm_head" for name, module in self._replaced)
+        if linear:
+            parts.append(f"{linear} linear layers (on this CPU, products of bfloat16 in float32)")
         if used & {"linear_cross_entropy", "cross_entropy"}:
             from_hidden = "linear_cross_entropy" in used and not self.return_logits
             parts.append(
@@ -168,6 +172,10 @@ def _targets(
         yield names[attention], attention, functools.partial(forwards.attention_forward, options=options)
         if "swiglu" in ops:
             yield names[layer.mlp], expect(layer.mlp, LlamaMLP), forwards.mlp_forward
+        if _products.float32_is_faster():
+            for module in layer.modules():  # under PEFT these are the base layers and the adapters
+                if _is_plain_linear(module) and own_forward(module) is None:
+                    yield names[module], module, forwards.linear_forward
     for module, name in names.items():
         # By class, not by place: PEFT may keep a norm or the output layer twice, its own copy and the original.
         if "rms_norm" in ops and isinstance(module, LlamaRMSNorm) and not _overrides_forward(module, LlamaRMSNorm):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lemur_fast import _compiled, _triton
 from lemur_fast.dispatch import choose, implementation, register_backend, serves_any
+from lemur_fast.ops import _products
 from lemur_fast.ops._checks import (
     check_count,
     check_device,
@@ -195,11 +196,14 @@ def _cpu_run(
     chunks = _chunks(trained[:count], most)
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
-    product = _memory_of_product(weight) if wanted.weight else None
+    widened = _products.serves(hidden[: chunks[0].numel()], weight)
+    product = _memory_of_product(weight) if wanted.weight and not widened else None
     for number, chunk_rows in enumerate(chunks):
         logits = memory[: chunk_rows.numel()]
         hidden_rows = hidden[chunk_rows]
-        if bias is None:
+        if widened:
+            _products.project(hidden_rows, weight, bias, out=logits)
+        elif bias is None:
             torch.mm(hidden_rows, weight.T, out=logits)
         else:
             torch.addmm(bias, hidden_rows, weight.T, out=logits)
@@ -214,10 +218,17 @@ def _cpu_run(
         for whole, part in zip(losses, chunk, strict=True):
             if whole.numel():
                 whole[chunk_rows] = part
-        if wanted.hidden:
-            gradients.hidden[chunk_rows] = logits @ weight
-        if product is not None:
-            _add_product(gradients.weight.T, hidden_rows.T.contiguous(), logits, product, first=number == 0)
+        if widened:
+            dhidden = torch.empty_like(hidden_rows) if wanted.hidden else None
+            dweight = gradients.weight if wanted.weight else None
+            _products.gradients(logits, hidden_rows, weight, dhidden, dweight, add_dweight=number > 0)
+            if dhidden is not None:
+                gradients.hidden[chunk_rows] = dhidden
+        else:
+            if wanted.hidden:
+                gradients.hidden[chunk_rows] = logits @ weight
+            if product is not None:
+                _add_product(gradients.weight.T, hidden_rows.T.contiguous(), logits, product, first=number == 0)
         if wanted.bias:
             _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=number == 0)
     return losses, gradients
@@ -239,14 +250,23 @@ def _cpu_run_at_once(
     `loss` takes the logits, and the memory for their gradient, which are they themselves, or None.
     """
     hidden, weight, bias = layer
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    widened = _products.serves(hidden, weight)
+    if widened:
+        logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+        _products.project(hidden, weight, bias, out=logits)
+    else:
+        logits = torch.nn.functional.linear(hidden, weight, bias)
     if True not in wanted:
         return loss(logits, None)
     result = loss(logits, logits)
-    if wanted.hidden:
-        torch.mm(logits, weight, out=gradients.hidden)
-    if wanted.weight:
-        _add_product(gradients.weight.T, hidden.T.contiguous(), logits, _memory_of_product(weight), first=True)
+    if widened:
+        dhidden, dweight = (x if want else None for x, want in zip(gradients, wanted[:2], strict=False))
+        _products.gradients(logits, hidden, weight, dhidden, dweight)
+    else:
+        if wanted.hidden:
+            torch.mm(logits, weight, out=gradients.hidden)
+        if wanted.weight:
+            _add_product(gradients.weight.T, hidden.T.contiguous(), logits, _memory_of_product(weight), first=True)
     if wanted.bias:
         _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=True)
     return result

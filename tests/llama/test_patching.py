@@ -25,7 +25,9 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+import lemur_fast
 from lemur_fast.llama import Accelerated, accelerate, forwards
+from lemur_fast.ops import _products
 from tests.llama.tiny import VOCAB, assert_same, documents, loss_and_gradients, packed, pair, tiny_llama
 
 
@@ -90,7 +92,8 @@ def test_accelerating_twice() -> None:
     accelerate(model)
 
 
-def test_report() -> None:
+def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: False)
     assert str(accelerate(tiny_llama())) == (
         "Accelerated LlamaForCausalLM: 5 norms (rms_norm, residual additions inside), "
         "2 attentions (rotary, attention), 2 MLPs (swiglu), the loss (linear_cross_entropy); restore() undoes it"
@@ -99,6 +102,29 @@ def test_report() -> None:
         "Accelerated LlamaForCausalLM: 1 attention (attention), 1 MLP (swiglu); restore() undoes it"
     )
     assert "the loss (cross_entropy, of logits that stay);" in str(accelerate(tiny_llama(), return_logits=True))
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: True)
+    assert ", 14 linear layers (on this CPU, products of bfloat16 in float32), " in str(accelerate(tiny_llama()))
+
+
+def test_linear_layers_where_float32_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product of the layers is ours then, and the model's own again once it is restored."""
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: True)
+    served = []
+    project = _products.project
+    monkeypatch.setattr(_products, "project", lambda x, *a, **k: (served.append(x.shape), project(x, *a, **k))[1])
+    model = tiny_llama().bfloat16()
+    ids = torch.randint(0, model.config.vocab_size, (1, 80))
+    with accelerate(model):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert len(served) == 15, "7 of each layer, and the output layer"
+        model(input_ids=ids[:, :20])
+        assert len(served) == 15, "few rows are torch's"
+        with lemur_fast.use_backend("reference"):
+            model(input_ids=ids)
+        assert len(served) == 15, "as is the reference"
+    model(input_ids=ids)
+    assert len(served) == 15
 
 
 def test_ops_that_were_not_asked_for_stay_stock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +191,9 @@ def test_copies_are_independent_and_accelerated(how: str) -> None:
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
     own = set(map(id, other.modules()))
+    replaced = 2 + 2 * 3 + 5 + 1 + (14 if _products.float32_is_faster() else 0)
     bound = [m.__dict__["forward"] for m in other.modules() if "forward" in m.__dict__]
-    assert len(bound) == len([m for m in model.modules() if "forward" in m.__dict__]) == 2 + 2 * 3 + 5 + 1
+    assert len(bound) == len([m for m in model.modules() if "forward" in m.__dict__]) == replaced
     assert all(id(forward.module) in own for forward in bound)
 
     batch = packed(documents())

@@ -1,0 +1,173 @@
+"""Products of bfloat16 in float32, against float64 and beside torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lemur_fast as lf
+from lemur_fast import _compiled
+from lemur_fast.ops import _products
+from tests.criterion import compare
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch):
+    """On CPUs that are faster at bfloat16, too; and with parts so small that there are several."""
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: True)
+    monkeypatch.setattr(_products, "_ROWS", 48)
+    monkeypatch.setattr(_products, "_WEIGHT_ELEMENTS", 500)
+
+
+def bfloat16(*shape):
+    return torch.randn(shape).bfloat16()
+
+
+SHAPES = [(64, 16, 8), (65, 7, 3), (97, 33, 41), (200, 1, 130), (128, 600, 5)]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_linear(rows, inputs, outputs, biased):
+    given = {"x": bfloat16(rows, inputs), "weight": bfloat16(outputs, inputs)}
+    if biased:
+        given["bias"] = bfloat16(outputs)
+    compare(_products.linear, torch.nn.functional.linear, given, grads=tuple(given))
+
+
+def test_sums_are_rounded_once():
+    """4,096 ones and as many 2^-9: in bfloat16 the small ones would be lost beside the sum."""
+    x = torch.cat([torch.ones(64, 4096), torch.full((64, 4096), 2.0**-9)], 1).bfloat16()
+    y = _products.linear(x, torch.ones(1, 8192, dtype=torch.bfloat16))
+    assert y.unique().item() == torch.tensor(4096 + 8.0).bfloat16().item() == 4096
+    y = _products.linear(x, torch.cat([torch.zeros(1, 4096), torch.ones(1, 4096)], 1).bfloat16())
+    assert y.unique().item() == 8
+
+
+def test_leading_dimensions_and_strides():
+    """Every other element of a transposed x, a transposed weight, and a gradient of one number."""
+    x = bfloat16(18, 4, 20).transpose(0, 1)[..., ::2].requires_grad_()
+    weight = bfloat16(10, 6).T.requires_grad_()
+    y = _products.linear(x, weight)
+    assert y.shape == (4, 18, 6)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
+    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+    torch.testing.assert_close(dx.double(), weight.double().sum(0).expand(x.shape), rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(dweight.double(), x.double().sum((0, 1)).expand(6, 10), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_wanted_is_computed(wanted):
+    tensors = [
+        t.requires_grad_(want) for t, want in zip((bfloat16(70, 8), bfloat16(90, 8), bfloat16(90)), wanted, strict=True)
+    ]
+    _products.linear(*tensors).sum().backward()
+    assert [t.grad is not None for t in tensors] == list(wanted)
+
+
+def test_gradients_are_added_in_float32():
+    x, dy, weight = bfloat16(100, 12), bfloat16(100, 70), bfloat16(70, 12)
+    exact = dy.double().T @ x.double()
+    total = torch.full((12, 70), torch.nan).T  # as the loss lays it out; what lies there is ignored at first
+    _products.gradients(dy[:50], x[:50], weight, None, total)
+    _products.gradients(dy[50:], x[50:], weight, None, total, add_dweight=True)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 90])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_linear_loss(chunk_tokens, biased):
+    labels = torch.randint(0, 90, (200,))
+    labels[::7] = -100
+    given = {"hidden": bfloat16(200, 24), "weight": bfloat16(90, 24)}
+    if biased:
+        given["bias"] = bfloat16(90)
+
+    def stock(hidden, weight, bias=None):
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, bias).float(), labels)
+
+    def exact(hidden, weight, bias=None):
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, bias), labels)
+
+    def ours(hidden, weight, bias=None):
+        return lf.ops.linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=chunk_tokens)
+
+    served = []
+    project = _products.project
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_products, "project", lambda *a, **k: (served.append(1), project(*a, **k))[1])
+        with lf.use_backend("cpu"):
+            compare(ours, stock, given, grads=tuple(given), exact=exact)
+    assert served
+
+
+def test_opcheck():
+    x, weight, bias = (t.requires_grad_() for t in (bfloat16(70, 8), bfloat16(90, 8), bfloat16(90)))
+    for arguments in ((x, weight, None), (x, weight, bias), (x.detach().view(7, 10, 8), weight, bias)):
+        torch.library.opcheck(torch.ops.lemur_fast.linear.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    x, weight = bfloat16(70, 8), bfloat16(90, 8).requires_grad_()
+    compiled = torch.compile(_products.linear, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(_products.linear(x, weight).sum(), weight)
+    (found,) = torch.autograd.grad(compiled(x, weight).sum(), weight)
+    assert torch.equal(found, expected)
+
+
+def test_a_second_derivative_is_refused():
+    x, weight = bfloat16(70, 8).requires_grad_(), bfloat16(90, 8)
+    (gradient,) = torch.autograd.grad(_products.linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_bwd: double backward is not supported"):
+        gradient.sum().backward()
+
+
+def test_threads_do_not_share_memory():
+    from concurrent.futures import ThreadPoolExecutor
+
+    weight = bfloat16(90, 8)
+    inputs = [bfloat16(100, 8) for _ in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda x: [_products.linear(x, weight) for _ in range(50)], inputs))
+    for x, found in zip(inputs, results, strict=True):
+        expected = _products.linear(x, weight)
+        assert all(torch.equal(y, expected) for y in found)
+
+
+def test_what_is_left_to_torch(monkeypatch):
+    x, weight = bfloat16(64, 8), bfloat16(9, 8)
+    assert _products.serves(x, weight)
+    assert not _products.serves(x[:63], weight), "few rows"
+    assert not _products.serves(x.float(), weight.float())
+    assert not _products.serves(x, weight.float())
+    assert not _products.serves(x.half(), weight.half())
+    assert not _products.serves(x.to("meta"), weight.to("meta"))
+    with lf.use_backend("reference"):
+        assert not _products.serves(x, weight)
+    with lf.use_backend("triton", "cpu"):
+        assert _products.serves(x, weight)
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: False)
+    assert not _products.serves(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("features", "machine", "faster"),
+    [
+        ("avx2 fma f16c", "x86_64", True),
+        ("avx2 avx512f", "AMD64", True),
+        ("avx2 avx512f avx512_bf16", "x86_64", False),  # Cooper Lake, Zen 4
+        ("avx2 avx512f avx512_bf16 avx512_fp16", "x86_64", True),  # Sapphire Rapids without AMX
+        ("avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_tile", "x86_64", False),
+        ("neon", "aarch64", False),
+    ],
+)
+def test_where_float32_is_faster(monkeypatch, features, machine, faster):
+    monkeypatch.undo()
+    monkeypatch.setattr(_products.platform, "machine", lambda: machine)
+    monkeypatch.setattr(_compiled, "missing", None)
+    monkeypatch.setattr(_compiled, "C", type("C", (), {"cpu": type("cpu", (), {"features": features.split})}))
+    _products.float32_is_faster.cache_clear()
+    try:
+        assert _products.float32_is_faster() is faster
+    finally:
+        _products.float32_is_faster.cache_clear()
