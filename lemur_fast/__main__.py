@@ -18,6 +18,7 @@ import torch
 import lemur_fast
 from lemur_fast import _compiled, preferences, tuning
 from lemur_fast._devices import cpu_model
+from lemur_fast.ops._products import float32_is_faster
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "accelerate", "peft", "trl")
 
@@ -53,6 +54,7 @@ def _compiled_lines() -> Iterator[tuple[str, str]]:
     )
     yield "CPU features", " ".join(module.cpu.features()) or "none known"
     yield "CPU kernels", f"{_attempt(module.cpu.isa)} (built: {', '.join(info['cpu_isas'])})"
+    yield "CPU products", f"bfloat16 in {'float32, which is faster here' if float32_is_faster() else 'bfloat16'}"
     if info["cuda"] is None:
         yield "CUDA kernels", f"not built: {info['cuda_missing']}"
         return

@@ -10,6 +10,7 @@ import torch
 import lemur_fast
 from lemur_fast import __main__ as main
 from lemur_fast import _compiled
+from lemur_fast.ops._products import float32_is_faster
 
 
 def lines() -> dict[str, str]:
@@ -27,6 +28,8 @@ def test_report_names_versions_and_what_was_chosen():
     assert value("torch threads") == str(torch.get_num_threads())
     assert value("CPU kernels").startswith(_compiled.C.cpu.isa())
     assert value("CPU features") == " ".join(_compiled.C.cpu.features())
+    faster = "float32, which is faster here" if float32_is_faster() else "bfloat16"
+    assert value("CPU products") == f"bfloat16 in {faster}"
     info = _compiled.C.build_info()
     archs = ", ".join(info["cuda_archs"])
     assert value("CUDA kernels") == (
