@@ -180,6 +180,19 @@ void write_transposed(const float* x, int64_t count, int64_t head_dim, float fac
   }
 }
 
+// Asks for the cache lines of a head of a short document. They lie a token's heads apart, which hardware does not
+// foresee.
+template <typename T>
+void prefetch_head(const void* data, int64_t token_stride, int64_t head_stride, int64_t head, int64_t start,
+                   int64_t tokens, int64_t head_dim, bool to_write) {
+  const T* row = static_cast<const T*>(data) + start * token_stride + head * head_stride;
+  for (int64_t token = 0; token < tokens; ++token, row += token_stride) {
+    for (int64_t d = 0; d < head_dim; d += static_cast<int64_t>(64 / sizeof(T))) {
+      to_write ? __builtin_prefetch(row + d, 1, 2) : __builtin_prefetch(row + d, 0, 2);
+    }
+  }
+}
+
 // ---- forward ----
 
 // Turns products [rows, kBlock] into exp(s - largest) and brings the statistics of the lanes up to date; the output so
@@ -280,6 +293,17 @@ struct Forward {
     }
   }
 
+  void prefetch(const AttentionDocument& doc, int64_t kv_head) const {
+    const int64_t d = a.head_dim;
+    for (const Strided* x : {&a.k, &a.v}) {
+      prefetch_head<T>(x->data, x->token_stride, x->head_stride, kv_head, doc.key_start, doc.keys, d, false);
+    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      prefetch_head<T>(a.q.data, a.q.token_stride, a.q.head_stride, head, doc.query_start, doc.queries, d, false);
+      prefetch_head<T>(a.out, a.q_heads * d, d, head, doc.query_start, doc.queries, d, true);
+    }
+  }
+
   void finish(int64_t token, int64_t head, int64_t count, int64_t lanes, float* largest, float* total,
               float* output) const {
     for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
@@ -332,21 +356,19 @@ struct Backward {
 
     for (int64_t block = 0; block < key_blocks; ++block) {
       const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim);
-      Policy::pack_a(k, width, keys[block]);
-      Policy::pack_transposed_a(k, width, keys_turned[block]);
+      Policy::pack_both_a(k, width, keys[block], keys_turned[block]);
       Policy::pack_a(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, values[block]);
     }
-    std::memset(dk, 0, sizeof(float) * static_cast<size_t>(key_blocks * block_size));
-    std::memset(dv, 0, sizeof(float) * static_cast<size_t>(key_blocks * block_size));
+    const auto written = static_cast<size_t>(round_up(doc.keys, Policy::kStep) * width);
+    std::memset(dk, 0, sizeof(float) * written);
+    std::memset(dv, 0, sizeof(float) * written);
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < query_blocks; ++block) {
         const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
         const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
-        Policy::pack_b(q, width, query[block]);
-        Policy::pack_transposed_b(q, width, query_turned[block]);
-        Policy::pack_b(grad, width, dout[block]);
-        Policy::pack_transposed_b(grad, width, dout_turned[block]);
+        Policy::pack_both_b(q, width, query[block], query_turned[block]);
+        Policy::pack_both_b(grad, width, dout[block], dout_turned[block]);
         statistics(doc, head, block, grad, lse + block * kBlock, delta + block * kBlock);
       }
       std::memset(dq_turned, 0, sizeof(float) * static_cast<size_t>(query_blocks * block_size));
@@ -390,6 +412,22 @@ struct Backward {
     const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
     write_rows(dk, doc.keys, a.scale, static_cast<T*>(a.dk) + offset);
     write_rows(dv, doc.keys, 1.f, static_cast<T*>(a.dv) + offset);
+  }
+
+  void prefetch(const AttentionDocument& doc, int64_t kv_head) const {
+    const int64_t d = a.head_dim;
+    for (const Strided* x : {&a.k, &a.v}) {
+      prefetch_head<T>(x->data, x->token_stride, x->head_stride, kv_head, doc.key_start, doc.keys, d, false);
+    }
+    for (const void* x : {a.dk, a.dv}) {
+      prefetch_head<T>(x, a.kv_heads * d, d, kv_head, doc.key_start, doc.keys, d, true);
+    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      for (const Strided* x : {&a.q, &a.o, &a.dout}) {
+        prefetch_head<T>(x->data, x->token_stride, x->head_stride, head, doc.query_start, doc.queries, d, false);
+      }
+      prefetch_head<T>(a.dq, a.q_heads * d, d, head, doc.query_start, doc.queries, d, true);
+    }
   }
 
   // lse in base 2, +inf where a query sees nothing, so that its probabilities are 0; and delta.
@@ -455,16 +493,24 @@ void run_tasks(const Attention& a) {
   for (int64_t i = 0; i < a.num_documents; ++i) {
     longest = most(longest, most(a.documents[i].queries, a.documents[i].keys));
   }
-  // Documents come with the dearest first; a thread takes the next task when it is done with one.
+  // Documents come with the dearest first; a thread takes the next tasks when it is done with some: heads of a document
+  // as long as there are many tasks, so that the memory of the next one can be asked for.
   const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
   int64_t next = 0;
   parallel_for(least(max_threads(), tasks), 1, [&](int64_t, int64_t) {
     const ThreadScratch scratch(floats);
     const Run run{a};
+    const int64_t at_once = most(1, least(a.kv_heads, tasks / (32 * max_threads())));
     for (;;) {
-      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) return;
-      run.task(a.documents[task / a.kv_heads], task % a.kv_heads, scratch.data());
+      const int64_t first = __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED), past = least(tasks, first + at_once);
+      if (first >= tasks) return;
+      for (int64_t task = first; task < past; ++task) {
+        const AttentionDocument& doc = a.documents[task / a.kv_heads];
+        const int64_t head = task % a.kv_heads;
+        const bool is_short = most(doc.queries, doc.keys) <= kBlock;
+        if (is_short && task + 1 < past && head + 1 < a.kv_heads) run.prefetch(doc, head + 1);
+        run.task(doc, head, scratch.data());
+      }
     }
   });
 }

@@ -63,19 +63,8 @@ struct Fma {
   template <typename T>
   static void pack_transposed(const Rows<T>& x, int64_t width, float* out) {
     alignas(64) float rows[kBlock * kMaxWidth];
-    const int64_t padded = round_up(width, 16), count = padded_rows(x);
-    pack(x, padded, rows);
-    for (int64_t column = 0; column < padded; column += 16) {
-      if (column + 16 <= width) {
-        for (int64_t row = 0; row < count; row += 16) {
-          transpose_16x16(rows + row * padded + column, padded, out + column * kBlock + row, kBlock);
-        }
-        continue;
-      }
-      for (int64_t i = column; i < width; ++i) {
-        for (int64_t row = 0; row < count; ++row) out[i * kBlock + row] = rows[row * padded + i];
-      }
-    }
+    pack(x, round_up(width, 16), rows);
+    turn(rows, padded_rows(x), width, out);
   }
   template <typename T>
   static void pack_transposed_a(const Rows<T>& x, int64_t width, float* out) {
@@ -84,6 +73,21 @@ struct Fma {
   template <typename T>
   static void pack_transposed_b(const Rows<T>& x, int64_t width, float* out) {
     pack_transposed(x, width, out);
+  }
+
+  // Both, from one reading of x.
+  template <typename T>
+  static void pack_both_a(const Rows<T>& x, int64_t width, float* out, float* transposed) {
+    if (width % 16) {
+      pack_transposed(x, width, transposed);
+      return pack(x, width, out);
+    }
+    pack(x, width, out);
+    turn(out, padded_rows(x), width, transposed);
+  }
+  template <typename T>
+  static void pack_both_b(const Rows<T>& x, int64_t width, float* out, float* transposed) {
+    pack_both_a(x, width, out, transposed);
   }
 
   // A result [rows, kBlock] as an operand of the next product: it is one already.
@@ -120,6 +124,22 @@ struct Fma {
   template <typename T>
   static int64_t padded_rows(const Rows<T>& x) {
     return round_up(x.count, 16);
+  }
+
+  // out [width, kBlock] of `count` rows of x, which has round_up(width, 16) columns.
+  static void turn(const float* x, int64_t count, int64_t width, float* out) {
+    const int64_t padded = round_up(width, 16);
+    for (int64_t column = 0; column < padded; column += 16) {
+      if (column + 16 <= width) {
+        for (int64_t row = 0; row < count; row += 16) {
+          transpose_16x16(x + row * padded + column, padded, out + column * kBlock + row, kBlock);
+        }
+        continue;
+      }
+      for (int64_t i = column; i < width; ++i) {
+        for (int64_t row = 0; row < count; ++row) out[i * kBlock + row] = x[row * padded + i];
+      }
+    }
   }
 
   // The fewer registers across, the more rows at a time.
@@ -218,6 +238,15 @@ struct Tiles {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
     const Rows<bfloat16> rows = whole(x, width, padded);
     turn(rows.data, rows.stride, kBlock, width / 2, out);
+  }
+
+  static void pack_both_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
+    pack_a(x, width, out);
+    pack_transposed_a(x, width, transposed);
+  }
+  static void pack_both_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
+    pack_b(x, width, out);
+    pack_transposed_b(x, width, transposed);
   }
 
   // [rows, kBlock] floats as [rows, kBlock] bfloat16.
