@@ -55,7 +55,7 @@ BENCHMARKS_cuda := "train_step --model llama-2-7b --batch drawn --rounds 8" \
 	"attention --tokens 16384 --heads 32 --kv-heads 32 --head-dim 128 --seconds 2" \
 	"ops --shapes llama-2-7b small llama-2-13b llama-2-70b --rounds 15 --seconds 1" "scaling --seconds 0.5"
 LIMIT_cuda := timeout --signal=INT --kill-after=5 135
-OF_CPU := "packing --documents 200000" host_overhead "chat --conversations 8 --rounds 3"
+OF_CPU := products "packing --documents 200000" host_overhead "chat --conversations 8 --rounds 3"
 WITHOUT_ROWS := dedup data pretrain
 
 bench: DEVICE ?= cpu

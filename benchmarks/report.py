@@ -33,6 +33,7 @@ ABOUT = {
     "train_step": ("A training step", "python -m benchmarks.train_step"),
     "attention": ("Attention over packed documents", "python -m benchmarks.attention"),
     "ops": ("Op by op", "python -m benchmarks.ops"),
+    "products": ("Linear layers on a CPU", "python -m benchmarks.products"),
     "scaling": ("How time and memory grow", "python -m benchmarks.scaling"),
     "host_overhead": ("What a call costs the host", "python -m benchmarks.host_overhead"),
     "packing": ("Packing", "python -m benchmarks.packing"),

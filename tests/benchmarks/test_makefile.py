@@ -13,7 +13,7 @@ import tyro
 from benchmarks import ops
 
 ROOT = Path(__file__).parents[2]
-ROWS_OF_CPU = {"packing", "host_overhead", "chat"}
+ROWS_OF_CPU = {"products", "packing", "host_overhead", "chat"}
 WITHOUT_ROWS = {"dedup", "data", "pretrain"}
 TAKE_DEVICE = {"train_step", "attention", "ops", "scaling"}
 
