@@ -4,9 +4,9 @@
     ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.products      # torch's bfloat16 as on a CPU without AVX-512
 
 lemur_fast takes products of bfloat16 in float32 where a table of CPU features says that this is faster, and leaves them
-to torch elsewhere. Which it is here, and what the other way would cost, this shows; "float32" has its operands in float32
-to begin with, so it is what lemur_fast's can reach at most. Each result is checked against float64 before it is timed: a
-wrong one prints no time.
+to torch elsewhere. Which it is here, and what the other way would cost, this shows; "float32" has its operands in
+float32 to begin with, so it is what lemur_fast's can reach at most. Each result is checked against float64 before it
+is timed: a wrong one prints no time.
 """
 
 from __future__ import annotations
