@@ -219,7 +219,8 @@ def matrix_products(config: LlamaConfig, batch: lf.PackedBatch, dtype: str, devi
             x, dy = inputs[in_features], gradients[out_features]
             if _products.serves(x, weight):
                 _products.project(x, weight, None, out=x.new_empty(tokens, out_features))
-                _products.gradients(dy, x, weight, torch.empty_like(x), torch.empty_like(weight))
+                _products.input_gradient(dy, weight, out=torch.empty_like(x))
+                _products.weight_gradient(dy, x, out=torch.empty_like(weight))
                 continue
             torch.mm(x, weight.T)
             torch.mm(dy, weight)

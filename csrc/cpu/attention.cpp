@@ -45,7 +45,7 @@ struct Visibility {
 
 // A block of keys against a block of queries, the queries in lanes.
 struct BlockMask {
-  bool diagonal;  // some key is not seen by all queries that come before it
+  bool diagonal;  // some key comes after the block's first query
   bool needed;
   int64_t lowest;  // the first query lane that sees the block's first key; a lane more for every key after it
   int64_t window;

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -85,7 +86,7 @@ def norm_forward(
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """``nn.Linear.forward`` where products of bfloat16 are taken in float32."""
-    if isinstance(self.weight, DTensor):  # a tensor parallel layer, or one outside of what FSDP2 gathered
+    if is_traceable_wrapper_subclass(self.weight):  # quantized, or a DTensor
         return F.linear(input, self.weight, self.bias)
     return _products.linear(input, self.weight, self.bias)
 

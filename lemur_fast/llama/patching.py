@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from lemur_fast.llama import forwards
-from lemur_fast.llama.binding import DTensor, Forward, FSDPModule, own_forward
+from lemur_fast.llama.binding import DTensor, Forward, FSDPModule, is_replaced_by, own_forward
 from lemur_fast.ops import _products
 
 OPS = ("rms_norm", "rotary", "swiglu", "attention", "cross_entropy", "linear_cross_entropy")
@@ -61,7 +61,7 @@ class Accelerated:
             parts.append(f"{count(LlamaAttention, 'attention')} ({how})")
         if "swiglu" in used:
             parts.append(f"{count(LlamaMLP, 'MLP')} (swiglu)")
-        linear = sum(isinstance(module, nn.Linear) and name != "lm_head" for name, module in self._replaced)
+        linear = sum(is_replaced_by(module, forwards.linear_forward) for _, module in self._replaced)
         if linear:
             parts.append(f"{linear} linear layers (on this CPU, products of bfloat16 in float32)")
         if used & {"linear_cross_entropy", "cross_entropy"}:
@@ -110,6 +110,9 @@ class Accelerated:
 
 def accelerate(model: nn.Module, ops: str | Iterable[str] = "all", return_logits: bool = False) -> Accelerated:
     """Puts lemur_fast's ops into a Hugging Face LLaMA, on this instance only.
+
+    On a CPU that multiplies float32 faster than bfloat16 it changes the linear layers, too, whatever `ops` says: they
+    take products of bfloat16 in float32 (`lemur_fast.ops._products`), unless `use_backend` leaves out "cpu".
 
     Call it on the stock model, or after PEFT or `fully_shard`; but before anything that wraps `forward`
     (`Accelerator.prepare`, TRL's trainers, DistributedDataParallel, `torch.compile`).
@@ -172,10 +175,6 @@ def _targets(
         yield names[attention], attention, functools.partial(forwards.attention_forward, options=options)
         if "swiglu" in ops:
             yield names[layer.mlp], expect(layer.mlp, LlamaMLP), forwards.mlp_forward
-        if _products.float32_is_faster():
-            for module in layer.modules():  # under PEFT these are the base layers and the adapters
-                if _is_plain_linear(module) and own_forward(module) is None:
-                    yield names[module], module, forwards.linear_forward
     for module, name in names.items():
         # By class, not by place: PEFT may keep a norm or the output layer twice, its own copy and the original.
         if "rms_norm" in ops and isinstance(module, LlamaRMSNorm) and not _overrides_forward(module, LlamaRMSNorm):
@@ -183,6 +182,14 @@ def _targets(
         is_head = name.split(".")[0] == "lm_head"
         if is_head and "linear_cross_entropy" in ops and _is_plain_linear(module):
             yield name, module, forwards.head_forward
+        elif (
+            _products.float32_is_faster()
+            and (is_head or name.startswith("model.layers."))
+            and _is_plain_linear(module)
+            and module.weight.device.type != "cuda"
+            and own_forward(module) is None  # whoever wrapped it computes what they want: this changes no result
+        ):
+            yield name, module, forwards.linear_forward
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

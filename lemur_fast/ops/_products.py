@@ -11,6 +11,7 @@ rows at a time are: few enough to stay in the caches, and enough for a product t
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import threading
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ _FEWEST_ROWS = 64
 """Below, to widen the weight costs more than the product gains."""
 
 _WEIGHT_ELEMENTS = 2**20
-"""Elements of the weight that are widened at a time: 16 MiB."""
+"""Elements of the weight that are widened at a time: 4 MiB."""
 
 
 @functools.cache
@@ -51,10 +52,22 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.bfloat16
         and x.device.type == weight.device.type == "cpu"
-        and x.shape[:-1].numel() >= _FEWEST_ROWS
+        and _has_rows(x)
+        and weight.dim() == 2
+        and weight.shape[0] > 0
+        and weight.shape[1] > 0
         and dispatch.allows("cpu")
         and _float32_is_faster()
     )
+
+
+def _has_rows(x: Tensor) -> bool:
+    enough = math.prod(x.shape[:-1]) >= _FEWEST_ROWS
+    if torch.compiler.is_compiling():  # a number of rows that only the data tell is left to torch
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(enough)
+    return enough
 
 
 @torch.compiler.assume_constant_result  # the CPU does not change
@@ -67,8 +80,8 @@ def _parts(count: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + most, count))
 
 
-def _weight_parts(weight: Tensor) -> Iterator[slice]:
-    return _parts(weight.shape[0], max(1, _WEIGHT_ELEMENTS // max(1, weight.shape[1])))
+def _weight_parts(outputs: int, inputs: int) -> list[slice]:
+    return list(_parts(outputs, max(1, _WEIGHT_ELEMENTS // inputs)))
 
 
 class _Wide:
@@ -78,15 +91,16 @@ class _Wide:
     """
 
     _kept = threading.local()
-    _MOST_KEPT = 2**22  # elements
+    MOST_KEPT = 2**22  # elements
 
     def __init__(self, name: str, elements: int) -> None:
         kept = vars(self._kept)
-        if elements > self._MOST_KEPT:
+        if elements > self.MOST_KEPT:
             self._memory = torch.empty(elements, dtype=torch.float32)
             return
         if name not in kept or kept[name].numel() < elements:
-            kept[name] = torch.empty(elements, dtype=torch.float32)
+            with torch.inference_mode(False):  # it outlives that mode, and its tensors may not be written outside of it
+                kept[name] = torch.empty(elements, dtype=torch.float32)
         self._memory = kept[name]
 
     def like(self, x: Tensor) -> Tensor:
@@ -98,16 +112,22 @@ class _Wide:
         return self.like(x).copy_(x)
 
 
+def _rows_at_once(rows: int, widest: int) -> int:
+    """As many as keep their memory, up to `_ROWS`."""
+    return min(rows, _ROWS, max(_FEWEST_ROWS, _Wide.MOST_KEPT // widest))
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Sets ``out [T, N]`` to ``x [T, K] @ weight [N, K].T + bias [N]``, all of bfloat16."""
-    (rows, inputs), parts = x.shape, list(_weight_parts(weight))
-    most, widest = min(rows, _ROWS), parts[0].stop if parts else 0
+    """Sets ``out [T, N]`` to ``x [T, K] @ weight [N, K].T + bias [N]``, all of bfloat16; no size is 0."""
+    (rows, inputs), parts = x.shape, _weight_parts(*weight.shape)
+    widest = parts[0].stop
+    most = _rows_at_once(rows, max(inputs, widest))
     wide_x, wide_y = _Wide("x", most * inputs), _Wide("y", most * widest)
     wide_w = _Wide("weight", widest * inputs)
     for columns in parts:
         wide_weight = wide_w.of(weight[columns]).T
         wide_bias = None if bias is None else bias[columns].float()
-        for part in _parts(rows, _ROWS):
+        for part in _parts(rows, most):
             left, y = wide_x.of(x[part]), wide_y.like(out[part, columns])
             if wide_bias is None:
                 torch.mm(left, wide_weight, out=y)
@@ -116,44 +136,48 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
             out[part, columns].copy_(y)
 
 
-def gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, add_dweight: bool = False
-) -> None:
-    """Sets what is wanted of dx and dweight.
-
-    Args:
-        dy: ``[T, N]``, bfloat16.
-        x: ``[T, K]``, bfloat16.
-        weight: ``[N, K]``, bfloat16.
-        dx: ``[T, K]``, bfloat16; set to ``dy @ weight``.
-        dweight: ``[N, K]``; set to ``dy.T @ x``, in bfloat16 or float32.
-        add_dweight: add to it, which must be float32, instead.
-    """
-    (rows, inputs), parts = x.shape, list(_weight_parts(weight))
-    most, widest = min(rows, _ROWS), parts[0].stop if parts else 0
-    wide_x, wide_dx, wide_dy = _Wide("x", most * inputs), _Wide("dx", most * inputs), _Wide("y", most * widest)
-    wide_w, wide_dw = _Wide("weight", widest * inputs), _Wide("dweight", widest * inputs)
-    # Over several parts of the weight dx is a sum, which must not be rounded between them.
-    in_parts = len(parts) > 1
-    total = torch.empty(x.shape, dtype=torch.float32) if dx is not None and in_parts else None
+def input_gradient(dy: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Sets ``out [T, K]`` to ``dy [T, N] @ weight [N, K]``, all of bfloat16; no size is 0."""
+    rows, (outputs, inputs) = dy.shape[0], weight.shape
+    parts = _weight_parts(outputs, inputs)
+    widest = parts[0].stop
+    most = _rows_at_once(rows, max(inputs, widest))
+    wide_dx, wide_dy, wide_w = _Wide("x", most * inputs), _Wide("y", most * widest), _Wide("weight", widest * inputs)
+    # Over several parts of the weight it is a sum, which must not be rounded between them.
+    total = torch.empty(out.shape, dtype=torch.float32) if len(parts) > 1 else None
     for columns in parts:
-        if dx is not None:
-            wide_weight = wide_w.of(weight[columns])
-        if dweight is not None:
-            narrow = dweight.dtype != torch.float32
-            sums = wide_dw.like(weight[columns]) if narrow else dweight[columns]
-        for part in _parts(rows, _ROWS):
+        wide_weight = wide_w.of(weight[columns])
+        for part in _parts(rows, most):
             left = wide_dy.of(dy[part, columns])
             if total is not None:
-                total[part].addmm_(left, wide_weight, beta=int(columns.start > 0))
-            elif dx is not None:
-                dx[part].copy_(torch.mm(left, wide_weight, out=wide_dx.like(dx[part])))
-            if dweight is not None:  # beta 0 ignores what lies there, NaN too
-                sums.addmm_(left.T, wide_x.of(x[part]), beta=int(add_dweight or part.start > 0))
-        if dweight is not None and narrow:
-            dweight[columns].copy_(sums)
-    if total is not None and dx is not None:
-        dx.copy_(total)
+                total[part].addmm_(left, wide_weight, beta=int(columns.start > 0))  # beta 0 ignores what lies there
+            else:
+                out[part].copy_(torch.mm(left, wide_weight, out=wide_dx.like(out[part])))
+    if total is not None:
+        out.copy_(total)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, add: bool = False) -> None:
+    """Sets ``out [N, K]`` to ``dy [T, N].T @ x [T, K]``, or adds that to it. No size is 0.
+
+    Args:
+        dy: bfloat16.
+        x: bfloat16.
+        out: bfloat16 or float32, of any strides.
+        add: add; float32 only.
+    """
+    (rows, outputs), inputs = dy.shape, x.shape[1]
+    parts = _weight_parts(outputs, inputs)
+    widest = parts[0].stop
+    most = _rows_at_once(rows, max(inputs, widest))
+    wide_x, wide_dy, wide_dw = _Wide("x", most * inputs), _Wide("y", most * widest), _Wide("weight", widest * inputs)
+    for columns in parts:
+        sums = out[columns] if out.dtype == torch.float32 else wide_dw.like(out[columns])
+        for part in _parts(rows, most):
+            left = wide_dy.of(dy[part, columns])
+            sums.addmm_(left.T, wide_x.of(x[part]), beta=int(add or part.start > 0))
+        if sums.dtype != out.dtype:
+            out[columns].copy_(sums)
 
 
 # ---- the linear layer ------------------------------------------------------------------------------------------------
@@ -169,27 +193,32 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _linear_bwd_fake(dy, x, weight, wanted)
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if wanted[0] or wanted[1]:
-        gradients(dy, x, weight, dx=dx.view(x.shape) if wanted[0] else None, dweight=dweight if wanted[1] else None)
-    if wanted[2]:
+def _linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _linear_bwd_fake(dy, x, weight, want_bias)
+    dy = dy.reshape(-1, dy.shape[-1])
+    if weight is not None:
+        input_gradient(dy, weight, out=dx.view(-1, dx.shape[-1]))
+    if x is not None:
+        weight_gradient(dy, x.reshape(-1, x.shape[-1]), out=dweight)
+    if want_bias:
         dbias.copy_(dy.sum(0, dtype=torch.float32))
     return dx, dweight, dbias
 
 
-def _linear_bwd_fake(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_bwd_fake(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = dy.shape[-1]
     return (
-        x.new_empty(x.shape if wanted[0] else 0),
-        weight.new_empty(weight.shape if wanted[1] else 0),
-        weight.new_empty(weight.shape[0] if wanted[2] else 0),
+        dy.new_empty(0) if weight is None else dy.new_empty(*dy.shape[:-1], weight.shape[1]),
+        dy.new_empty(0) if x is None else dy.new_empty(outputs, x.shape[-1]),
+        dy.new_empty(outputs if want_bias else 0),
     )
 
 
 _linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
 _linear_bwd_op = define(
-    "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    "linear_bwd(Tensor dy, Tensor? x, Tensor? weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
     _linear_bwd,
     _linear_bwd_fake,
 )
@@ -197,12 +226,15 @@ _linear_bwd_op = define(
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    of_x, of_weight = ctx.needs_input_grad[:2]
+    # Only what the gradients need: a frozen weight's layer must not keep its input.
+    ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple:
-    wanted = list(ctx.needs_input_grad)
-    result = _linear_bwd_op(dy, *ctx.saved_tensors, wanted)
+    x, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    result = _linear_bwd_op(dy, x, weight, wanted[2])
     return tuple(gradient if want else None for gradient, want in zip(result, wanted, strict=True))
 
 
@@ -212,6 +244,6 @@ once_differentiable("linear_bwd")
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, in float32 where both are bfloat16 and this CPU is faster at that."""
-    if serves(x, weight) and (bias is None or bias.dtype == weight.dtype):
+    if serves(x, weight) and (bias is None or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1])):
         return _linear_op(x, weight, bias)
     return functional.linear(x, weight, bias)

@@ -219,11 +219,12 @@ def _cpu_run(
             if whole.numel():
                 whole[chunk_rows] = part
         if widened:
-            dhidden = torch.empty_like(hidden_rows) if wanted.hidden else None
-            dweight = gradients.weight if wanted.weight else None
-            _products.gradients(logits, hidden_rows, weight, dhidden, dweight, add_dweight=number > 0)
-            if dhidden is not None:
+            if wanted.hidden:
+                dhidden = torch.empty_like(hidden_rows)
+                _products.input_gradient(logits, weight, out=dhidden)
                 gradients.hidden[chunk_rows] = dhidden
+            if wanted.weight:
+                _products.weight_gradient(logits, hidden_rows, out=gradients.weight, add=number > 0)
         else:
             if wanted.hidden:
                 gradients.hidden[chunk_rows] = logits @ weight
@@ -260,8 +261,10 @@ def _cpu_run_at_once(
         return loss(logits, None)
     result = loss(logits, logits)
     if widened:
-        dhidden, dweight = (x if want else None for x, want in zip(gradients, wanted[:2], strict=False))
-        _products.gradients(logits, hidden, weight, dhidden, dweight)
+        if wanted.hidden:
+            _products.input_gradient(logits, weight, out=gradients.hidden)
+        if wanted.weight:
+            _products.weight_gradient(logits, hidden, out=gradients.weight)
     else:
         if wanted.hidden:
             torch.mm(logits, weight, out=gradients.hidden)

@@ -91,7 +91,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s of one process's device in `dtype`, and where the figure is from.
 
     Devices and dtypes without a datasheet's figure are measured: a large matrix product, about a second. A CPU may be
-    faster at float32 than at 16 bits, and `accelerate` then multiplies so: the faster of the two is its peak.
+    faster at float32 than at 16 bits, and `accelerate` then multiplies bfloat16 so: the faster of the two is its peak.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if dtype == torch.bfloat16 and (peak := peak_of(name)):

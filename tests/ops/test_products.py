@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -66,12 +68,46 @@ def test_only_what_is_wanted_is_computed(wanted):
 
 
 def test_gradients_are_added_in_float32():
-    x, dy, weight = bfloat16(100, 12), bfloat16(100, 70), bfloat16(70, 12)
-    exact = dy.double().T @ x.double()
+    x, dy = bfloat16(100, 12), bfloat16(100, 70)
     total = torch.full((12, 70), torch.nan).T  # as the loss lays it out; what lies there is ignored at first
-    _products.gradients(dy[:50], x[:50], weight, None, total)
-    _products.gradients(dy[50:], x[50:], weight, None, total, add_dweight=True)
-    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4)
+    _products.weight_gradient(dy[:50], x[:50], total)
+    _products.weight_gradient(dy[50:], x[50:], total, add=True)
+    torch.testing.assert_close(total.double(), dy.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias", ""])
+def test_no_more_is_kept_for_the_backward_than_torch_keeps(frozen):
+    given = {"x": bfloat16(70, 8), "weight": bfloat16(9, 8), "bias": bfloat16(9)}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name != frozen)
+
+    def kept(layer):
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (found.append(tuple(t.shape)), t)[1], lambda t: t):
+            layer(**given)
+        return sorted(tuple(sorted(shape)) for shape in found)  # torch keeps the weight turned
+
+    torch_keeps = kept(lambda x, weight, bias: torch.nn.functional.linear(x, weight, bias))
+    assert kept(_products.linear) == torch_keeps
+
+
+def test_memory_of_inference_mode_serves_training(monkeypatch):
+    monkeypatch.setattr(_products._Wide, "_kept", threading.local())
+    with torch.inference_mode():
+        _products.linear(bfloat16(70, 8), bfloat16(9, 8))
+    _products.linear(bfloat16(70, 8).requires_grad_(), bfloat16(9, 8).requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 0), (0, 5)])
+def test_layers_of_size_zero(inputs, outputs):
+    x, weight = bfloat16(70, inputs), bfloat16(outputs, inputs)
+    assert torch.equal(_products.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert _products.linear(x, weight[0] if outputs else torch.ones(inputs).bfloat16()).shape == (70,)
+
+
+def test_a_bias_of_one_is_torch_s():
+    x, weight, bias = bfloat16(70, 8), bfloat16(90, 8), bfloat16(1)
+    torch.testing.assert_close(_products.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 90])
@@ -113,6 +149,25 @@ def test_compiles_without_a_graph_break():
     (expected,) = torch.autograd.grad(_products.linear(x, weight).sum(), weight)
     (found,) = torch.autograd.grad(compiled(x, weight).sum(), weight)
     assert torch.equal(found, expected)
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_only_the_data_tell():
+    weight = bfloat16(90, 8)
+    compiled = torch.compile(lambda x: _products.linear(x[x[:, 0] > 0], weight), fullgraph=True, backend="aot_eager")
+    x = bfloat16(200, 8)
+    torch.testing.assert_close(compiled(x), torch.nn.functional.linear(x[x[:, 0] > 0], weight))
+
+
+def test_exports_with_any_number_of_rows():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return _products.linear(x, torch.ones(9, 8, dtype=torch.bfloat16))
+
+    rows = torch.export.Dim("rows", min=64, max=1000)
+    program = torch.export.export(Layer(), (bfloat16(100, 8),), dynamic_shapes=({0: rows},), strict=False)
+    x = bfloat16(300, 8)
+    torch.testing.assert_close(program.module()(x), Layer()(x))
 
 
 def test_a_second_derivative_is_refused():
