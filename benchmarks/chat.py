@@ -29,6 +29,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Lla
 
 import lemur_fast as lf
 from benchmarks.harness import Measurement, in_turns, machine, write_json
+from benchmarks.train_step import products_of_layer
 from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, add_chat_tokens, fitted
 from lemur_fast.data.chat.conversation import Conversation, Unfit, checked
 from lemur_fast.data.chat.sources import embedded_chat_sources
@@ -186,9 +187,7 @@ def matrix_products(arguments: Arguments, examples: list[Example]) -> Callable[[
             for name, weight in weights.items():
                 rows = targets if name == "lm_head" else tokens
                 x, dy = inputs[weight.shape[1]][:rows], gradients[weight.shape[0]][:rows]
-                torch.mm(x, weight.T)
-                torch.mm(dy, weight)
-                torch.mm(dy.T, x)
+                products_of_layer(x, weight, dy)
 
     return step
 

@@ -198,6 +198,18 @@ def lemur(
     return _step(model, lambda: run(**batch.model_inputs()).loss)
 
 
+def products_of_layer(x: Tensor, weight: Tensor, dy: Tensor) -> None:
+    """Output, input gradient and weight gradient of a linear layer, as lemur_fast takes them."""
+    if _products.serves(x, weight):
+        _products.project(x, weight, None, out=torch.empty_like(dy))
+        _products.input_gradient(dy, weight, out=torch.empty_like(x))
+        _products.weight_gradient(dy, x, out=torch.empty_like(weight))
+        return
+    torch.mm(x, weight.T)
+    torch.mm(dy, weight)
+    torch.mm(dy.T, x)
+
+
 def matrix_products(config: LlamaConfig, batch: lf.PackedBatch, dtype: str, device: torch.device) -> Callable[[], None]:
     """Output, input gradient and weight gradient of every linear layer, one after another, and nothing else.
 
@@ -217,14 +229,7 @@ def matrix_products(config: LlamaConfig, batch: lf.PackedBatch, dtype: str, devi
         for weight in weights:
             out_features, in_features = weight.shape
             x, dy = inputs[in_features], gradients[out_features]
-            if _products.serves(x, weight):
-                _products.project(x, weight, None, out=x.new_empty(tokens, out_features))
-                _products.input_gradient(dy, weight, out=torch.empty_like(x))
-                _products.weight_gradient(dy, x, out=torch.empty_like(weight))
-                continue
-            torch.mm(x, weight.T)
-            torch.mm(dy, weight)
-            torch.mm(dy.T, x)
+            products_of_layer(x, weight, dy)
 
     return step
 
