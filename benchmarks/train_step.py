@@ -10,8 +10,8 @@ Each runs in a process of its own and they take turns, except on a GPU, where on
 the baseline and lemur_fast, last what torch compiles, so that what a time limit cuts off is the least.
 Liger's patches, and Hugging Face on FlashAttention, take part where they are installed and there is a GPU. The last row
 is the floor: the model's own matrix products alone, forward and backward, on tensors of the same shapes, in float32
-where lemur_fast takes them so because this CPU is faster at that. A row whose
-loss disagrees with the float32 loss of stock Hugging Face prints no time.
+where lemur_fast takes them so because this CPU is faster at that. A row whose loss disagrees with the float32 loss of
+stock Hugging Face prints no time.
 
 MFU is the FLOPs that the mathematics asks for (`lemur_fast.training.flops`: attention inside documents, the output
 layer for trained tokens alone) over the time, over the peak: the datasheet's on a GPU that is known, else that of a
@@ -202,8 +202,7 @@ def products_of_layer(x: Tensor, weight: Tensor, dy: Tensor) -> None:
     """Output, input gradient and weight gradient of a linear layer, as lemur_fast takes them."""
     if _products.serves(x, weight):
         _products.project(x, weight, None, out=torch.empty_like(dy))
-        _products.input_gradient(dy, weight, out=torch.empty_like(x))
-        _products.weight_gradient(dy, x, out=torch.empty_like(weight))
+        _products.gradients(dy, (weight, torch.empty_like(x)), (x, torch.empty_like(weight)))
         return
     torch.mm(x, weight.T)
     torch.mm(dy, weight)

@@ -2,10 +2,11 @@
 
     y = x @ weight.T + bias        dx = dy @ weight        dweight = dy.T @ x        dbias = sum over the rows of dy
 
-torch multiplies bfloat16 as bfloat16 on every CPU. One with AMX is far faster at that; one that has only `vdpbf16ps`
-takes twice as long as for float32 (Intel's, where a virtual machine hides AMX), and one without either up to a hundred
-times as long. Here the operands are widened, products are torch's in float32, and a result is rounded once. A thousand
-rows at a time are: few enough to stay in the caches, and enough for a product to run at its full rate.
+torch multiplies bfloat16 as bfloat16 on every CPU. One with AMX is far faster at that. One that has only `vdpbf16ps`
+takes twice as long as for float32, where a virtual machine hides the AMX of Intel's, and one without either many times
+as long (`python -m benchmarks.products`). Here the operands are widened, products are torch's in float32, and a result
+is rounded once. A thousand rows at a time are: few enough to stay in the caches, and enough for a product to run at its
+full rate.
 """
 
 from __future__ import annotations
@@ -136,48 +137,50 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
             out[part, columns].copy_(y)
 
 
-def input_gradient(dy: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Sets ``out [T, K]`` to ``dy [T, N] @ weight [N, K]``, all of bfloat16; no size is 0."""
-    rows, (outputs, inputs) = dy.shape[0], weight.shape
+def gradients(
+    dy: Tensor,
+    of_x: tuple[Tensor, Tensor] | None = None,
+    of_weight: tuple[Tensor, Tensor] | None = None,
+    add: bool = False,
+) -> None:
+    """Sets ``dx = dy @ weight`` and ``dweight = dy.T @ x``, or one of them. No size is 0.
+
+    Args:
+        dy: ``[T, N]``, bfloat16.
+        of_x: weight ``[N, K]`` and dx ``[T, K]``, both bfloat16.
+        of_weight: x ``[T, K]``, bfloat16, and dweight ``[N, K]`` of any strides, bfloat16 or float32.
+        add: add to dweight, which is float32 then.
+    """
+    given = of_x or of_weight
+    if given is None:
+        return
+    (rows, outputs), inputs = dy.shape, given[0].shape[1]
     parts = _weight_parts(outputs, inputs)
     widest = parts[0].stop
     most = _rows_at_once(rows, max(inputs, widest))
-    wide_dx, wide_dy, wide_w = _Wide("x", most * inputs), _Wide("y", most * widest), _Wide("weight", widest * inputs)
-    # Over several parts of the weight it is a sum, which must not be rounded between them.
-    total = torch.empty(out.shape, dtype=torch.float32) if len(parts) > 1 else None
+    wide_dy, wide_x = _Wide("y", most * widest), _Wide("x", most * inputs)
+    wide_weight, wide_dweight = _Wide("weight", widest * inputs), _Wide("dweight", widest * inputs)
+    # Over several parts of the weight dx is a sum, which must not be rounded between them.
+    total = dy.new_empty(rows, inputs, dtype=torch.float32) if of_x and len(parts) > 1 else None
     for columns in parts:
-        wide_weight = wide_w.of(weight[columns])
+        if of_x:
+            right = wide_weight.of(of_x[0][columns])
+        if of_weight:
+            dweight = of_weight[1][columns]
+            sums = dweight if dweight.dtype == torch.float32 else wide_dweight.like(dweight)
         for part in _parts(rows, most):
             left = wide_dy.of(dy[part, columns])
             if total is not None:
-                total[part].addmm_(left, wide_weight, beta=int(columns.start > 0))  # beta 0 ignores what lies there
-            else:
-                out[part].copy_(torch.mm(left, wide_weight, out=wide_dx.like(out[part])))
-    if total is not None:
-        out.copy_(total)
-
-
-def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, add: bool = False) -> None:
-    """Sets ``out [N, K]`` to ``dy [T, N].T @ x [T, K]``, or adds that to it. No size is 0.
-
-    Args:
-        dy: bfloat16.
-        x: bfloat16.
-        out: bfloat16 or float32, of any strides.
-        add: add; float32 only.
-    """
-    (rows, outputs), inputs = dy.shape, x.shape[1]
-    parts = _weight_parts(outputs, inputs)
-    widest = parts[0].stop
-    most = _rows_at_once(rows, max(inputs, widest))
-    wide_x, wide_dy, wide_dw = _Wide("x", most * inputs), _Wide("y", most * widest), _Wide("weight", widest * inputs)
-    for columns in parts:
-        sums = out[columns] if out.dtype == torch.float32 else wide_dw.like(out[columns])
-        for part in _parts(rows, most):
-            left = wide_dy.of(dy[part, columns])
-            sums.addmm_(left.T, wide_x.of(x[part]), beta=int(add or part.start > 0))
-        if sums.dtype != out.dtype:
-            out[columns].copy_(sums)
+                total[part].addmm_(left, right, beta=int(columns.start > 0))  # beta 0 ignores what lies there
+            elif of_x:
+                dx = of_x[1][part]
+                dx.copy_(torch.mm(left, right, out=wide_x.like(dx)))
+            if of_weight:
+                sums.addmm_(left.T, wide_x.of(of_weight[0][part]), beta=int(add or part.start > 0))
+        if of_weight and sums is not dweight:
+            dweight.copy_(sums)
+    if total is not None and of_x:
+        of_x[1].copy_(total)
 
 
 # ---- the linear layer ------------------------------------------------------------------------------------------------
@@ -196,10 +199,11 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = _linear_bwd_fake(dy, x, weight, want_bias)
     dy = dy.reshape(-1, dy.shape[-1])
-    if weight is not None:
-        input_gradient(dy, weight, out=dx.view(-1, dx.shape[-1]))
-    if x is not None:
-        weight_gradient(dy, x.reshape(-1, x.shape[-1]), out=dweight)
+    gradients(
+        dy,
+        None if weight is None else (weight, dx.view(-1, dx.shape[-1])),
+        None if x is None else (x.reshape(-1, x.shape[-1]), dweight),
+    )
     if want_bias:
         dbias.copy_(dy.sum(0, dtype=torch.float32))
     return dx, dweight, dbias

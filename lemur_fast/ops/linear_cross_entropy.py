@@ -219,12 +219,15 @@ def _cpu_run(
             if whole.numel():
                 whole[chunk_rows] = part
         if widened:
+            dhidden = torch.empty_like(hidden_rows)
+            _products.gradients(
+                logits,
+                (weight, dhidden) if wanted.hidden else None,
+                (hidden_rows, gradients.weight) if wanted.weight else None,
+                add=number > 0,
+            )
             if wanted.hidden:
-                dhidden = torch.empty_like(hidden_rows)
-                _products.input_gradient(logits, weight, out=dhidden)
                 gradients.hidden[chunk_rows] = dhidden
-            if wanted.weight:
-                _products.weight_gradient(logits, hidden_rows, out=gradients.weight, add=number > 0)
         else:
             if wanted.hidden:
                 gradients.hidden[chunk_rows] = logits @ weight
@@ -261,10 +264,11 @@ def _cpu_run_at_once(
         return loss(logits, None)
     result = loss(logits, logits)
     if widened:
-        if wanted.hidden:
-            _products.input_gradient(logits, weight, out=gradients.hidden)
-        if wanted.weight:
-            _products.weight_gradient(logits, hidden, out=gradients.weight)
+        _products.gradients(
+            logits,
+            (weight, gradients.hidden) if wanted.hidden else None,
+            (hidden, gradients.weight) if wanted.weight else None,
+        )
     else:
         if wanted.hidden:
             torch.mm(logits, weight, out=gradients.hidden)

@@ -38,12 +38,17 @@ def test_linear(rows, inputs, outputs, biased):
 
 
 def test_sums_are_rounded_once():
-    """4,096 ones and as many 2^-9: in bfloat16 the small ones would be lost beside the sum."""
-    x = torch.cat([torch.ones(64, 4096), torch.full((64, 4096), 2.0**-9)], 1).bfloat16()
-    y = _products.linear(x, torch.ones(1, 8192, dtype=torch.bfloat16))
-    assert y.unique().item() == torch.tensor(4096 + 8.0).bfloat16().item() == 4096
-    y = _products.linear(x, torch.cat([torch.zeros(1, 4096), torch.ones(1, 4096)], 1).bfloat16())
-    assert y.unique().item() == 8
+    """256, and 4,096 times 2^-9: added one by one, or part by part, to a bfloat16, the small ones would be lost."""
+    row = torch.cat([torch.full((1,), 256.0), torch.full((4096,), 2.0**-9)]).bfloat16()
+    ones = torch.ones(4097, dtype=torch.bfloat16)
+    y = _products.linear(row.expand(64, -1), ones[None])
+    assert y.unique().tolist() == [264]
+    x = torch.zeros(64, 1, dtype=torch.bfloat16, requires_grad=True)
+    (dx,) = torch.autograd.grad(_products.linear(x, row[:, None]), x, ones.expand(64, -1))  # nine parts of the weight
+    assert dx.unique().tolist() == [264]
+    weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    (dweight,) = torch.autograd.grad(_products.linear(row[:, None], weight), weight, ones[:, None])  # 86 parts of rows
+    assert dweight.item() == 264
 
 
 def test_leading_dimensions_and_strides():
@@ -59,19 +64,24 @@ def test_leading_dimensions_and_strides():
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_what_is_wanted_is_computed(wanted):
-    tensors = [
-        t.requires_grad_(want) for t, want in zip((bfloat16(70, 8), bfloat16(90, 8), bfloat16(90)), wanted, strict=True)
-    ]
-    _products.linear(*tensors).sum().backward()
-    assert [t.grad is not None for t in tensors] == list(wanted)
+def test_one_gradient_alone_is_the_same(wanted):
+    given = bfloat16(70, 8), bfloat16(90, 8), bfloat16(90)
+    dy = bfloat16(70, 90)
+
+    def found(*wanted):
+        tensors = [x.detach().requires_grad_(want) for x, want in zip(given, wanted, strict=True)]
+        _products.linear(*tensors).backward(dy)
+        return [x.grad for x in tensors]
+
+    for alone, together, want in zip(found(*wanted), found(True, True, True), wanted, strict=True):
+        assert torch.equal(alone, together) if want else alone is None
 
 
 def test_gradients_are_added_in_float32():
     x, dy = bfloat16(100, 12), bfloat16(100, 70)
     total = torch.full((12, 70), torch.nan).T  # as the loss lays it out; what lies there is ignored at first
-    _products.weight_gradient(dy[:50], x[:50], total)
-    _products.weight_gradient(dy[50:], x[50:], total, add=True)
+    _products.gradients(dy[:50], of_weight=(x[:50], total))
+    _products.gradients(dy[50:], of_weight=(x[50:], total), add=True)
     torch.testing.assert_close(total.double(), dy.double().T @ x.double(), rtol=1e-5, atol=1e-4)
 
 
