@@ -44,7 +44,14 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from lemur_fast import ops
-from lemur_fast.llama.binding import CACHE, DTensor, every_module_is_watched, is_replaced_by, is_watched
+from lemur_fast.llama.binding import (
+    CACHE,
+    DTensor,
+    every_module_is_watched,
+    is_replaced_by,
+    is_watched,
+    own_forward,
+)
 from lemur_fast.llama.documents import (
     Documents,
     find_documents,
@@ -53,6 +60,7 @@ from lemur_fast.llama.documents import (
 )
 from lemur_fast.ops import _products
 from lemur_fast.ops._loss import LossStats, only_rows
+from lemur_fast.ops.swiglu import swiglu_linear
 
 # Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
 _LAYER_CHECKPOINTS_ITSELF = "__call__" in vars(GradientCheckpointingLayer)
@@ -95,7 +103,22 @@ def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
     """``LlamaMLP.forward``."""
     if is_watched(self.act_fn):
         return type(self).forward(self, x)
-    return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    if _is_only_its_product(down):
+        return swiglu_linear(gate, up, down.weight, down.bias)
+    return down(ops.swiglu(gate, up))
+
+
+def _is_only_its_product(module: nn.Module) -> bool:
+    """Whether calling `module` does nothing but a linear layer's product, of a whole weight that is here."""
+    return (
+        type(module) is nn.Linear
+        and (own_forward(module) is None or is_replaced_by(module, linear_forward))
+        and not any((module._forward_pre_hooks, module._forward_hooks))
+        and not any((module._backward_pre_hooks, module._backward_hooks))
+        and not every_module_is_watched()
+        and not is_traceable_wrapper_subclass(module.weight)
+    )
 
 
 def attention_forward(

@@ -221,7 +221,7 @@ def _linear_bwd_fake(
 
 
 _linear_op = define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
-_linear_bwd_op = define(
+linear_bwd = define(
     "linear_bwd(Tensor dy, Tensor? x, Tensor? weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
     _linear_bwd,
     _linear_bwd_fake,
@@ -238,7 +238,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    result = _linear_bwd_op(dy, x, weight, wanted[2])
+    result = linear_bwd(dy, x, weight, wanted[2])
     return tuple(gradient if want else None for gradient, want in zip(result, wanted, strict=True))
 
 

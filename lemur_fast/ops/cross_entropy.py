@@ -158,9 +158,12 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, *ctx.options, _, ctx.backend = inputs
     ctx.save_for_backward(logits, labels, output[1])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for each of those
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
+    if dloss is None:
+        return (None,) * 8
     logits, labels, lse = ctx.saved_tensors[:3]
     dlogits = _cross_entropy_bwd_op(dloss, logits, labels, lse, *ctx.options, ctx.backend)
     return dlogits, None, None, None, None, None, None, None
@@ -171,9 +174,12 @@ def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, items, lse, *_ = output
     ctx.save_for_backward(logits, labels, lse, items)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
+def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple:
+    if dtotal is None:
+        return (None,) * 9
     logits, *_, items = ctx.saved_tensors
     dloss = dtotal / items if ctx.mean else dtotal
     return *_backward(ctx, dloss.expand(logits.shape[0])), None

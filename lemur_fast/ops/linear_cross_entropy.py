@@ -605,9 +605,12 @@ def _save_tokens(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, labels, rows, *ctx.options, _, ctx.backend = inputs
     ctx.save_for_backward(hidden, weight, bias, labels, rows)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward_tokens(ctx: Any, dloss: Tensor, *_: Any) -> tuple:
+def _backward_tokens(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
+    if dloss is None:
+        return (None,) * 12
     hidden, weight, bias, labels, rows = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
     dhidden, dweight, dbias = _linear_cross_entropy_bwd_op(
@@ -626,9 +629,12 @@ def _save_sum(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.bias_dtype, ctx.mean, ctx.backend = None if bias is None else bias.dtype, inputs[-6], inputs[-1]
     ctx.save_for_backward(hidden, weight, output[1], *output[-3:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros of the size of dweight among them
 
 
-def _backward_sum(ctx: Any, dtotal: Tensor, *_: Any) -> tuple:
+def _backward_sum(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple:
+    if dtotal is None:
+        return (None,) * 17
     hidden, weight, items, *unscaled = ctx.saved_tensors
     factor = dtotal / items if ctx.mean else dtotal
     dhidden, dweight, dbias = _linear_cross_entropy_sum_bwd_op(factor, *unscaled, hidden, weight, ctx.backend)

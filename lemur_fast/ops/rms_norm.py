@@ -212,6 +212,7 @@ def _save_plain(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _save_added(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -230,7 +231,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, want_dw: bool) ->
     return dx, dw.to(weight.dtype) if want_dw else None
 
 
-def _backward_plain(ctx: Any, dy: Tensor, _: Any) -> tuple:
+def _backward_plain(ctx: Any, dy: Tensor | None, _: Any) -> tuple:
     dx, dw = _gradients(ctx, dy, None, ctx.needs_input_grad[1])
     return dx, dw, None, None
 

@@ -6,11 +6,15 @@ Backward recomputes silu; nothing but the two inputs is saved:
 
     dup = dy * silu(gate)        dgate = dy * up * s(gate) * (1 + gate * (1 - s(gate)))
 
+The linear layer behind it would keep y, half as much again. `swiglu_linear` makes y once more in backward instead: a
+pass over the three, of a hundredth of the time of the layer's products.
+
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from lemur_fast.ops._checks import (
     to_autocast_dtype,
     unit_stride,
 )
+from lemur_fast.ops._products import linear, linear_bwd, serves
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -149,6 +154,36 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
 differentiable("swiglu", _backward, _save)
 once_differentiable("swiglu_bwd")
 
+
+class _SwigluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        return linear(_swiglu_op(gate, up, backend), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        gate, up, weight, _, ctx.backend = inputs
+        ctx.save_for_backward(gate, up, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:
+        gate, up, weight = ctx.saved_tensors
+        of_bias = ctx.needs_input_grad[3]
+        y = _swiglu_op(gate, up, ctx.backend)
+        dbias = None
+        if serves(gate, weight):
+            dy, dweight, dbias = linear_bwd(dout, y, weight, of_bias)
+        else:
+            rows = math.prod(gate.shape[:-1])
+            dout = dout.reshape(rows, weight.shape[0])
+            dy, dweight = (dout @ weight).view(gate.shape), dout.T @ y.view(rows, weight.shape[1])
+            if of_bias:
+                dbias = dout.sum(0)
+        del y
+        dgate, dup = _swiglu_bwd_op(dy, gate, up, ctx.backend)
+        return dgate, dup, dweight, dbias if of_bias else None, None
+
+
 # ---- public ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,11 +203,38 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         TypeError: a tensor is not of a float dtype.
         ValueError: shapes, dtypes or devices do not fit.
     """
+    return _swiglu_op(*_checked(gate, up))
+
+
+def _checked(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Both as the operator takes them, and the backend that serves them."""
     check_floats(("gate", "up"), gate, up)
     check_shape("up", up, gate.shape, "the shape of gate")
     gate, up = to_autocast_dtype(gate, up)
     dtype = gate.dtype
     if up.dtype != dtype:
         raise ValueError(f"up: got dtype {up.dtype}; takes {dtype}, the dtype of gate")
-    backend = choose("swiglu", gate.device, dtype, gate.numel(), wants_grad(gate, up))
-    return _swiglu_op(gate, up, backend)
+    return gate, up, choose("swiglu", gate.device, dtype, gate.numel(), wants_grad(gate, up))
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear(swiglu(gate, up), weight, bias)``, which keeps `gate` and `up` for backward, but not their product.
+
+    Args:
+        gate: ``[..., K]``.
+        up: shape and dtype of `gate`.
+        weight: ``[N, K]``, of the dtype of `gate` unless autocast casts both.
+        bias: ``[N]``, or none.
+
+    Returns:
+        ``[..., N]``.
+
+    Raises:
+        TypeError, ValueError: as `swiglu` and ``torch.nn.functional.linear`` do.
+    """
+    if torch.is_autocast_enabled(gate.device.type) or not (wants_grad(weight) and wants_grad(gate, up)):
+        # Autocast casts a weight once for all of its uses, which a function of our own cannot ask for; and y is kept
+        # for the weight's gradient alone.
+        return linear(swiglu(gate, up), weight, bias)
+    gate, up, backend = _checked(gate, up)
+    return _SwigluLinear.apply(gate, up, weight, bias, backend)

@@ -14,7 +14,9 @@ Mode = Literal["none", "full", "selective"]
 # What is dear to compute and cheap to keep. Every second matrix product is kept besides; the memory-bound rest (norms,
 # rotary embeddings, SwiGLU) is computed again.
 KEPT_OPS = frozenset({torch.ops.lemur_fast.attention.default})
-MATRIX_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+MATRIX_PRODUCTS = frozenset(
+    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.lemur_fast.linear.default}
+)
 
 
 def _selective() -> Any:

@@ -206,8 +206,9 @@ def test_generation_uses_our_norms_rotary_and_swiglu(monkeypatch: pytest.MonkeyP
     ours, _ = pair()
     called = []
     for name in ("rms_norm", "rotary", "swiglu", "attention"):
-        function = getattr(lf.ops, name)
-        monkeypatch.setattr(lf.ops, name, lambda *a, _n=name, _f=function, **k: (called.append(_n), _f(*a, **k))[1])
+        place = (forwards, "swiglu_linear") if name == "swiglu" else (lf.ops, name)
+        function = getattr(*place)
+        monkeypatch.setattr(*place, lambda *a, _n=name, _f=function, **k: (called.append(_n), _f(*a, **k))[1])
     ours.eval().generate(torch.ones(1, 4).long(), max_new_tokens=2, do_sample=False)
     assert set(called) == {"rms_norm", "rotary", "swiglu"}
 

@@ -59,6 +59,7 @@ PLACES = (
     "model.layers.1.self_attn.q_proj",
     "model.layers.0.mlp",
     "model.layers.1.mlp.act_fn",
+    "model.layers.0.mlp.down_proj",
     "model.layers.0.post_attention_layernorm",
     "model.norm",
 )
@@ -117,13 +118,14 @@ def test_a_hook_that_changes_a_layers_output_counts() -> None:
     assert_same(*results)
 
 
-def test_backward_hooks_see_what_stock_shows() -> None:
+@pytest.mark.parametrize("place", ["model.layers.0", "model.layers.1.mlp.down_proj"])
+def test_backward_hooks_see_what_stock_shows(place: str) -> None:
     ours, stock = pair()
     ids = torch.randint(1, VOCAB, (2, 9))
     shown = []
     for model in (ours, stock):
         seen: list[torch.Tensor] = []
-        model.model.layers[0].register_full_backward_hook(lambda m, gi, go, seen=seen: seen.extend((gi[0], go[0])))
+        model.get_submodule(place).register_full_backward_hook(lambda m, gi, go, seen=seen: seen.extend((gi[0], go[0])))
         model(ids, labels=ids).loss.backward()
         shown.append(seen)
     for a, b in zip(*shown, strict=True):

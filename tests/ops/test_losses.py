@@ -408,6 +408,37 @@ def test_double_backward_raises(backend, reduction):
         grad.sum().backward()
 
 
+class _Nothing(torch.autograd.Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_no_gradient_comes_back(backend, reduction):
+    """Torch hands the backward a None there, as zeros for the results that have no gradient would take memory."""
+    logits, labels = torch.randn(37, 101, requires_grad=True), torch.randint(0, 101, (37,))
+    weight = torch.randn(101, 101, requires_grad=True)
+    _Nothing.apply(lf.ops.cross_entropy(logits, labels, reduction=reduction)).sum().backward()
+    _Nothing.apply(lf.ops.linear_cross_entropy(logits, weight, labels, reduction=reduction)).sum().backward()
+    assert logits.grad is None
+    assert weight.grad is None
+
+
+def test_the_backward_makes_no_zeros_of_the_weights_size():
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    loss = lf.ops.linear_cross_entropy(hidden, weight, torch.randint(0, 300, (40,)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        loss.backward()
+    assert not [event for event in profile.events() if event.name == "aten::zero_" and [300, 16] in event.input_shapes]
+
+
 def test_inputs_are_not_overwritten(backend):
     case = linear_case() | {"logits": torch.randn(37, 101)}
     before = {name: t.clone() for name, t in case.items()}

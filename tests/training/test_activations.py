@@ -52,8 +52,8 @@ def test_what_is_computed_again_in_the_backward_pass(make_model, documents):
     calls = {mode: gradients(make_model, documents, mode)[2] for mode in ("none", "full", "selective")}
     attention, product = "lemur_fast.attention.default", "aten.mm.default"
     assert [calls[mode][attention] for mode in calls] == [0, 2, 0]
-    assert calls["none"]["lemur_fast.swiglu.default"] == 0
-    assert calls["full"]["lemur_fast.swiglu.default"] == calls["selective"]["lemur_fast.swiglu.default"] == 2
+    # Once a layer for the weight behind it, which keeps no input, and once more where the layer runs again.
+    assert [calls[mode]["lemur_fast.swiglu.default"] for mode in calls] == [2, 4, 4]
     again = {mode: calls[mode][product] - calls["none"][product] for mode in calls}
     assert again["full"] >= 2 * 6  # all seven of a layer but the last, whose result no gradient needs
     assert 0 < again["selective"] <= again["full"] // 2 + 2
