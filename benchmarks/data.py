@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import machine, peak_memory, reset_peak_memory
+from benchmarks.harness import Row, command_line, machine, peak_memory, reset_peak_memory, write_rows
 from lemur_fast.data.executors import run_local
 from lemur_fast.data.filters import Quality
 from lemur_fast.data.loader import Loader
@@ -47,6 +46,8 @@ class Arguments:
     """Tokens of a packed row."""
     step_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
     """Lengths of a step of one row."""
+    json: Path | None = None
+    """Also write a JSON line for each size of corpus and length of a step."""
 
 
 def write_corpus(folder: Path, megabytes: int, copies: int) -> None:
@@ -88,6 +89,7 @@ def main(arguments: Arguments) -> None:
     console = Console(width=110, highlight=False)
     console.print(machine())
     context = multiprocessing.get_context("spawn")
+    rows = []
     table = Table(title="Preparing a corpus, one process (threads tokenize)")
     for heading in (
         "documents",
@@ -111,11 +113,19 @@ def main(arguments: Arguments) -> None:
             seconds, cpu, before, peak = receiver.recv()
             process.join()
             entry = json.loads((out / "manifest.json").read_text())["sources"]["files"]
-            rates = (entry["tokens"] / spent["tokenize"] / 1e6 for spent in (seconds, cpu))
+            rates = [entry["tokens"] / spent["tokenize"] / 1e6 for spent in (seconds, cpu)]
             cells = (f"{entry['documents']:,}", f"{entry['bytes'] / 1e6:.0f}", f"{entry['tokens'] / 1e6:.1f}")
             cells += (f"{seconds['read']:.1f}", f"{seconds['tokenize']:.1f}")
             cells += tuple(f"{rate:.2f}" for rate in rates)
             table.add_row(*cells, f"{before:.0f}", f"{peak:.0f}")
+            facts = {"M tokens": round(entry["tokens"] / 1e6, 1)}
+            facts |= {f"{name}, s": round(seconds[name], 2) for name in ("read", "tokenize")}
+            facts |= {"M tokens/s": round(rates[0], 2), "a core": round(rates[1], 2), "GB before": before / 1e3}
+            shape = f"{entry['documents']:,} documents, {entry['bytes'] / 1e6:.0f} MB"
+            took = [sum(seconds.values())]
+            row = Row("data", "prepare a corpus", "lemur_fast", shape, seconds=took, peak_bytes=int(peak * 1e6))
+            row.facts = facts
+            rows.append(row)
         console.print(table)
         store = TokenStore(out)
         table = Table(title=f"The loader, rows of {arguments.row_tokens:,} tokens")
@@ -137,9 +147,16 @@ def main(arguments: Arguments) -> None:
                 f"{statistics.median(waits) * 1e3:.3f}",
                 f"{sum(waits) * 1e3:.0f} ms of {steps} steps",
             )
-            table.add_row(*cells, "100%" if not step else f"{sum(waits) / total:.2%}")
+            share = sum(waits) / total if step else 1.0
+            table.add_row(*cells, "100%" if not step else f"{share:.2%}")
+            shape = f"rows of {arguments.row_tokens:,} tokens, steps of {step:g} ms"
+            facts = {"steps": steps, "longest, ms": round(max(waits) * 1e3, 2), "% of the time waited": 100 * share}
+            seconds = [statistics.median(waits)]
+            rows.append(Row("loader", "wait for a row, median", "lemur_fast", shape, seconds=seconds, facts=facts))
         console.print(table)
+    if arguments.json:
+        write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(command_line(Arguments, __doc__))

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import transformers
-import tyro
 from datatrove.data import Document
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
@@ -30,7 +29,7 @@ from rensa import RMinHash
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import machine
+from benchmarks.harness import Row, command_line, machine, write_rows
 from lemur_fast.data.executors import run_local
 from lemur_fast.data.filters import Quality
 from lemur_fast.data.pipeline import STAGES, Corpus, Settings, plan
@@ -49,6 +48,8 @@ class Arguments:
     """Jaccard similarity from which on a document is dropped."""
     workers: int = 2
     """Processes of the product."""
+    json: Path | None = None
+    """Also write a JSON line for each rival."""
 
 
 def all_pairs(texts: Sequence[str], least: float) -> dict[tuple[int, int], float]:
@@ -127,7 +128,8 @@ def datatrove(texts: Sequence[str], folder: Path) -> tuple[float, set[int]]:
         )
     MinhashDedupCluster(str(folder / "buckets"), str(folder / "remove"), config).run(None)
     seconds = time.perf_counter() - started
-    return seconds, set(np.fromfile(folder / "remove" / "000000.remove", "<u4").tolist())
+    removed = folder / "remove" / "000000.remove"  # not written where nothing is
+    return seconds, set(np.fromfile(removed, "<u4").tolist()) if removed.exists() else set()
 
 
 def signature_rates(texts: Sequence[str]) -> tuple[float, float]:
@@ -181,22 +183,31 @@ def main(arguments: Arguments) -> None:
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     rivals = (("lemur_fast (rensa)", seconds, arguments.workers, dropped), ("datatrove", peer_seconds, 1, peer_dropped))
-    for name, took, processes, gone in rivals:
+    rates, rows = signature_rates(texts), []
+    shape = f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} M characters"
+    for (name, took, processes, gone), rate in zip(rivals, rates, strict=True):
         right = sum(
             any(similarity >= arguments.threshold and other not in gone for other, similarity in alike[document])
             for document in gone
         )
-        recalls = []
+        precision, recalls = right / max(1, len(gone)), {}
         for least in (0.9, 0.8, arguments.threshold):
             pairs = [pair for pair, similarity in truth.items() if similarity >= least]
             hit = sum(earlier in gone or later in gone for earlier, later in pairs)
-            recalls.append(f"{hit / max(1, len(pairs)):.4f}")
-        cells = (f"{took:.1f}", str(processes), f"{len(gone):,}", f"{right / max(1, len(gone)):.4f}", *recalls)
-        table.add_row(name, *cells)
+            recalls[least] = hit / max(1, len(pairs))
+        cells = (f"{took:.1f}", str(processes), f"{len(gone):,}", f"{precision:.4f}")
+        table.add_row(name, *cells, *(f"{recall:.4f}" for recall in recalls.values()))
+        facts = {"processes": processes, "dropped": len(gone), "precision": round(precision, 4)}
+        facts |= {f"recall >= {least}": round(recall, 4) for least, recall in recalls.items()}
+        facts["M shingles/s into signatures"] = round(rate, 2)
+        case = f"near duplicates from {arguments.threshold} on"
+        rows.append(Row("dedup", case, name, shape, seconds=[took], facts=facts))
     console.print(table)
-    rensa, peer = signature_rates(texts)
+    rensa, peer = rates
     console.print(f"signatures alone, M shingles/s: rensa {rensa:.1f} (all cores), datatrove {peer:.2f} (one core)")
+    if arguments.json:
+        write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    main(command_line(Arguments, __doc__))

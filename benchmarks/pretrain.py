@@ -25,13 +25,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
-from benchmarks.harness import machine
+from benchmarks.harness import Row, command_line, machine, write_rows
 from lemur_fast.packing import PackedBatch
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState
 from lemur_fast.training.distributed import World, compute_dtype, process_group
@@ -66,6 +65,8 @@ class Arguments:
     """Tokens of a row."""
     rounds: int = 3
     """Turns."""
+    json: Path | None = None
+    """Also write a JSON line for each way of running."""
 
 
 class Rows:
@@ -131,7 +132,7 @@ def timed(function: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - cpu
 
 
-def measure_checkpoints(args: Arguments, console: Console) -> None:
+def measure_checkpoints(args: Arguments, console: Console) -> list[Row]:
     """Blocks with and without a checkpoint, in turns."""
     with process_group("cpu") as world, tempfile.TemporaryDirectory() as folder:
         run = Run(args, world)
@@ -157,15 +158,22 @@ def measure_checkpoints(args: Arguments, console: Console) -> None:
         table = Table(title=f"a checkpoint of {size / 1e6:,.0f} MB every {args.every} steps, {args.rounds} rounds")
         for column in ("", "without, s", "with, s", "cost, median of the rounds", "each round"):
             table.add_column(column, justify="left" if not column else "right")
+        facts = {}
         for index, name in enumerate(("clock", "CPU")):
             costs = [turn[True][index] / turn[False][index] - 1 for turn in turns]
             without, having = (statistics.median(turn[kind][index] for turn in turns) for kind in (False, True))
             each = ", ".join(f"{cost:+.1%}" for cost in costs)
+            facts[f"cost, % of {name}"] = round(100 * statistics.median(costs), 2)
             table.add_row(name, f"{without:.2f}", f"{having:.2f}", f"{statistics.median(costs):+.1%}", each)
         console.print(table)
         steps = statistics.median(turn[False][0] for turn in turns)
         blocked = checkpoints.seconds / args.rounds
         console.print(f"the loop stood still for {blocked:.3f} s a checkpoint: {blocked / steps:.1%} of a block")
+        label = ("pretrain", f"{args.every} steps and a checkpoint of {size / 1e6:,.0f} MB")
+        return [
+            Row(*label, "lemur_fast", seconds=[turn[True][0] for turn in turns], facts=facts),
+            Row(*label, "no checkpoint", seconds=[turn[False][0] for turn in turns]),
+        ]
 
 
 def work(args: Arguments) -> None:
@@ -180,7 +188,7 @@ def work(args: Arguments) -> None:
         world.print(json.dumps({"clock": [clock for clock, _ in seconds], "losses": losses}))
 
 
-def measure_processes(args: Arguments, console: Console) -> None:
+def measure_processes(args: Arguments, console: Console) -> list[Row]:
     """One process of two threads, and two of one, in turns."""
     options = ["--only", "worker", "--steps", str(args.steps), "--rows", str(args.rows), "--seq-len", str(args.seq_len)]
     alone = [sys.executable, "-m", "benchmarks.pretrain", *options]
@@ -211,20 +219,28 @@ def measure_processes(args: Arguments, console: Console) -> None:
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     table.add_row("2 x 1", f"{statistics.median(speeds[2]):,.0f}", f"{statistics.median(ratios):.2f}", each)
     console.print(table)
+    label = ("pretrain", f"a step of {tokens:,} tokens")
+    return [
+        Row(*label, f"lemur_fast, {name}", seconds=[tokens / s for s in speeds[n]], facts={"of one process": ratio})
+        for n, name, ratio in (
+            (1, "one process of two threads", 1.0),
+            (2, "two processes of one thread", statistics.median(ratios)),
+        )
+    ]
 
 
 def main() -> None:
     """Run from the command line."""
-    args = tyro.cli(Arguments, description=__doc__)
+    args = command_line(Arguments, __doc__)
     if args.only == "worker":
         work(args)
         return
     console = Console(width=120)
     console.print(machine())
-    if args.only != "processes":
-        measure_checkpoints(args, console)
-    if args.only != "checkpoints":
-        measure_processes(args, console)
+    rows = [] if args.only == "processes" else measure_checkpoints(args, console)
+    rows += [] if args.only == "checkpoints" else measure_processes(args, console)
+    if args.json:
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

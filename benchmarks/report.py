@@ -38,11 +38,15 @@ ABOUT = {
     "host_overhead": ("What a call costs the host", "python -m benchmarks.host_overhead"),
     "packing": ("Packing", "python -m benchmarks.packing"),
     "chat": ("Chat tuning", "python -m benchmarks.chat"),
+    "dedup": ("Near duplicates", "python -m benchmarks.dedup"),
+    "data": ("The data pipeline", "python -m benchmarks.data"),
+    "loader": ("The loader", "python -m benchmarks.data"),
+    "pretrain": ("Checkpoints and processes", "python -m benchmarks.pretrain"),
 }
 """Of the benchmarks, in the order of the report: title and command. Others follow by name."""
 BASELINE = {"train_step": "HF sdpa"}
 """Whom the others of a benchmark are compared with; elsewhere the first who is not ours."""
-BOUNDS = ("matrix products alone", "bare operator")
+BOUNDS = ("matrix products alone", "bare operator", "no checkpoint")
 """Are no rivals, but what no rival can be faster than: shown, and never the one to compare with."""
 
 Line = dict[str, Any]
@@ -236,6 +240,23 @@ def long_table(lines: list[Line]) -> list[str]:
         text += ["x: how many times as fast as the one in the heading the one in the row is.", ""] if peers else []
         text += [f"- {told}" for told in texts] + [""] * bool(texts)
     return text
+
+
+def facts_table(lines: list[Line]) -> list[str]:
+    """A row for each case, with all that is known of it: where nobody has a rival."""
+    facts = list(dict.fromkeys(n for r in lines for n, v in r["facts"].items() if isinstance(v, int | float)))
+    with_memory = any(r.get("peak_bytes") for r in lines)
+    rows = []
+    for r in lines:
+        if r["median"] is None:
+            continue
+        label = ", ".join(filter(None, (r["case"], r["shape"], r["direction"], r["dtype"])))
+        memory = [f"{r['peak_bytes'] / 1e9:.2f}" if r.get("peak_bytes") else ""] * with_memory
+        rows.append(
+            [label, duration(r["median"]), spread_of(r), *memory, *(_told(r["facts"].get(name)) for name in facts)]
+        )
+    headings = ["", "time", "±", *["peak GB"] * with_memory, *(name.replace("_", " ") for name in facts)]
+    return markdown(headings, rows)
 
 
 def _told(value: Any) -> str:
@@ -500,6 +521,9 @@ def section(name: str, lines: list[Line], folder: Path, slug: str) -> list[str]:
         if curves(here):
             drawn = plot_curves(path, here, above)
             text += growth_table(here)
+        elif len(here) > 1 and len(grouped(here, group_of)) == len(here):
+            drawn = False
+            text += facts_table(here)
         elif len(grouped(here, group_of)) <= 2:
             drawn = plot_bars(path, here, above, "speed")
             text += long_table(here)
@@ -525,7 +549,7 @@ def report(lines: list[Line], out: Path) -> str:
         "both measured in the same run (of a training step on a GPU that is known, of its datasheet's rate: the MFU).",
         "`counted` are the bytes that must be moved at least, or the FLOPs that must be computed. Every ratio x is of",
         "times of one run, so of one machine and commit, and more than 1 is faster.",
-        f"{' and '.join(BOUNDS).capitalize()} are no rivals, but bounds.",
+        f"No rivals, but bounds: {', '.join(BOUNDS)}.",
         "The results of every rival were checked in the same run: one that was wrong shows no time.",
         "",
     ]

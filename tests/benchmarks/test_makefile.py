@@ -13,8 +13,7 @@ import tyro
 from benchmarks import ops
 
 ROOT = Path(__file__).parents[2]
-ROWS_OF_CPU = {"products", "packing", "host_overhead", "chat"}
-WITHOUT_ROWS = {"dedup", "data", "pretrain"}
+OF_CPU = {"products", "packing", "host_overhead", "chat", "dedup", "data", "pretrain"}
 TAKE_DEVICE = {"train_step", "attention", "ops", "scaling"}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -58,9 +57,9 @@ def programs(calls):
 def test_on_a_cpu_everything_runs_and_has_a_spread(bench):
     done, calls, limits = bench()
     found = programs(calls)
-    assert set(found) == TAKE_DEVICE | ROWS_OF_CPU | WITHOUT_ROWS | {"report"}
+    assert set(found) == TAKE_DEVICE | OF_CPU | {"report"}
     assert not limits
-    for name in TAKE_DEVICE | ROWS_OF_CPU:
+    for name in TAKE_DEVICE | OF_CPU:
         assert found[name].json.name == f"{name}.jsonl"
         assert getattr(found[name], "rounds", 3) >= 3
     for name in TAKE_DEVICE:
@@ -77,7 +76,7 @@ def test_on_a_gpu_what_measures_the_cpu_is_left_out_aloud_and_the_rest_ends_in_t
     assert set(found) == TAKE_DEVICE | {"report"}
     assert all(found[name].device == "cuda" for name in TAKE_DEVICE)
     assert set(found["ops"].shapes) == set(ops.MODELS)
-    for name in ROWS_OF_CPU | WITHOUT_ROWS:
+    for name in OF_CPU:
         assert f"left out: benchmarks.{name}, which measures the CPU alone\n" in done.stdout
     assert len(limits) == len(TAKE_DEVICE)
     seconds = [int(words[1].removeprefix("--kill-after=")) + int(words[2]) for words in limits]

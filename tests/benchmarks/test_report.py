@@ -110,6 +110,24 @@ def test_many_cases_make_a_wide_table(tmp_path):
     assert f"{case} 2 ms ±50%, 50% of copy | 8 ms ±6%, 12% of copy, x4.00 | 4.00 |" in text
 
 
+def test_where_nobody_has_a_rival_all_facts_stand_in_one_table(tmp_path):
+    some = [
+        Row(
+            "loader",
+            "wait",
+            "lemur_fast",
+            f"steps of {ms} ms",
+            seconds=[ms / 1e4],
+            facts={"steps": 5 * ms, "share": 0.5},
+        )
+        for ms in (1, 10, 100)
+    ]
+    text = report.report(report.read([written(tmp_path, some)]), tmp_path / "benchmarks.md")
+    assert "|  | time | ± | steps | share |" in text
+    assert "| wait, steps of 10 ms | 1 ms | once | 50 | 0.5 |" in text
+    assert "![" not in text  # bars of one would tell nothing
+
+
 def test_the_later_of_two_measurements_counts(tmp_path):
     path = written(tmp_path, rows()[:1], "a.jsonl")
     line = json.loads(path.read_text())
