@@ -47,7 +47,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-# On two cores about a quarter of an hour, without Hugging Face's eager attention. DEVICE=cuda: on a GPU, ten minutes at most, for each of the four has its limit.
+# On two cores about a quarter of an hour, for which Hugging Face's eager attention is left out of train_step.
+# DEVICE=cuda: on a GPU, ten minutes at most, for each of the four has its limit.
 # A benchmark that fails, misses its bar or is over its time does not keep the others from running; what it has written
 # until then is in the report.
 BENCHMARKS_cpu := "train_step --rounds 3 --only sdpa Flash lemur_fast matrix" "attention --steps 5" "ops --seconds 4" scaling

@@ -190,16 +190,17 @@ def main(arguments: Arguments) -> None:
             any(similarity >= arguments.threshold and other not in gone for other, similarity in alike[document])
             for document in gone
         )
-        precision, recalls = right / max(1, len(gone)), {}
+        precision = right / len(gone) if gone else None
+        recalls: dict[float, float | None] = {}
         for least in (0.9, 0.8, arguments.threshold):
             pairs = [pair for pair, similarity in truth.items() if similarity >= least]
             hit = sum(earlier in gone or later in gone for earlier, later in pairs)
-            recalls[least] = hit / max(1, len(pairs))
-        cells = (f"{took:.1f}", str(processes), f"{len(gone):,}", f"{precision:.4f}")
-        table.add_row(name, *cells, *(f"{recall:.4f}" for recall in recalls.values()))
-        facts = {"processes": processes, "dropped": len(gone), "precision": round(precision, 4)}
-        facts |= {f"recall >= {least}": round(recall, 4) for least, recall in recalls.items()}
-        facts["M shingles/s into signatures"] = round(rate, 2)
+            recalls[least] = hit / len(pairs) if pairs else None
+        shares = {"precision": precision, **{f"recall >= {least}": recall for least, recall in recalls.items()}}
+        told = ("-" if share is None else f"{share:.4f}" for share in shares.values())
+        table.add_row(name, f"{took:.1f}", str(processes), f"{len(gone):,}", *told)
+        facts = {"processes": processes, "dropped": len(gone), "M shingles/s into signatures": round(rate, 2)}
+        facts |= {name: round(share, 4) for name, share in shares.items() if share is not None}
         case = f"near duplicates from {arguments.threshold} on"
         rows.append(Row("dedup", case, name, shape, seconds=[took], facts=facts))
     console.print(table)
