@@ -6,9 +6,10 @@
 Rivals are those of `benchmarks.peers`, on the same tensors; one that cannot run is named with its reason. "fresh" draws
 new lengths for every step, as training does; "repeated" runs the same lengths again. What a rival prepares once a batch
 for all layers (a mask, the longest length) is not timed. The FLOPs counted are those of the pairs that the causal mask
-leaves inside documents, 4 D a pair and head forward and 2.5 times that backward, and their rate is shown as a share
-of a large matrix product's. Output and gradients of each are checked against float64, on the pattern itself, before
-it is timed: a wrong one prints no time.
+leaves inside documents, 4 D a pair and head forward and 2.5 times that backward, and the bytes those of the tensors
+that are read and written. The slower of the two bounds a pattern, FLOPs at the rate of a large matrix product or bytes
+at that of a copy, and the share shown is of that one: documents of a few tokens are bound by memory. Output and
+gradients of each are checked against float64, on the pattern itself, before it is timed: a wrong one prints no time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Row, command_line, machine, matrix_peak, phases_in_turns, write_rows
+from benchmarks.harness import Row, command_line, copy_rate, machine, matrix_peak, phases_in_turns, write_rows
 from benchmarks.peers import Documents, forward_only
+from benchmarks.report import share_of
 
 OURS, PEER = "lemur_fast", "a document at a time"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.005}
@@ -160,8 +162,15 @@ class Batches:
         return self._current
 
 
-def measure(pattern: Callable, fresh: bool, arguments: Arguments, peak: float) -> list[Row]:
-    """Rows of all rivals over one pattern, in every direction; `peak` is the rate of a matrix product."""
+def bytes_moved(arguments: Arguments) -> tuple[int, int]:
+    """Of tensors that are read and written, forward (q, k, v; out) and backward (q, k, v, out, dout; dq, dk, dv)."""
+    size = arguments.tokens * arguments.head_dim * getattr(torch, arguments.dtype).itemsize
+    q, kv = size * arguments.heads, size * arguments.kv_heads
+    return 2 * q + 2 * kv, 4 * q + 4 * kv
+
+
+def measure(pattern: Callable, fresh: bool, arguments: Arguments, peak: float, copy: float) -> list[Row]:
+    """Rows of all rivals over one pattern, in every direction; `peak` FLOP/s of a product, `copy` bytes/s of a copy."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -215,13 +224,18 @@ def measure(pattern: Callable, fresh: bool, arguments: Arguments, peak: float) -
     if arguments.kv_heads != arguments.heads:
         shape = f"{arguments.tokens} x ({arguments.heads} + {arguments.kv_heads}) x {arguments.head_dim}"
     rows = []
-    for place, (direction, flops) in enumerate(
-        (("forward", forward), ("backward", 2.5 * forward), ("both", 3.5 * forward))
+    there, back = bytes_moved(arguments)
+    for place, (direction, flops, moved) in enumerate(
+        (("forward", forward, there), ("backward", 2.5 * forward, back), ("both", 3.5 * forward, there + back))
     ):
         for name in peers.ATTENTION:
             case = f"{pattern.__name__.replace('_', ' ')}, {'fresh' if fresh else 'repeated'}"
             row = Row("attention", case, name, shape, direction, arguments.dtype, error=errors.get(name, ""))
-            row.flops, row.peak_flops = flops, peak
+            row.flops, row.bytes = flops, moved
+            if moved / copy > flops / peak:
+                row.copy_seconds = moved / copy
+            else:
+                row.peak_flops = peak
             if name in seconds:
                 if place and forward_only(name, device):
                     row.error = forward_only(name, device)
@@ -239,7 +253,7 @@ def table(rows: list[Row], arguments: Arguments) -> Table:
     names = [n for n in dict.fromkeys(row.rival for row in rows) if any(r.rival == n and r.median for r in rows)]
     title = f"attention, {arguments.tokens} tokens, {arguments.heads} heads of {arguments.head_dim}, {arguments.dtype}"
     result = Table(title=f"{title}: median ms")
-    for heading in ("lengths", "", *names, f"x {PEER}", "share of peak"):
+    for heading in ("lengths", "", *names, f"x {PEER}", "share"):
         result.add_column(heading, justify="left" if heading in ("lengths", "") else "right", no_wrap=True)
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
@@ -249,7 +263,7 @@ def table(rows: list[Row], arguments: Arguments) -> Table:
         medians = [group[name].median for name in names]
         cells = ["-" if median is None else f"{1e3 * median:.3g}" for median in medians]
         ratio = f"{peer.median / ours.median:.1f}" if peer.median and ours.median else ""
-        share = f"{ours.share_of_peak:.0%}" if ours.share_of_peak else ""
+        share = share_of(vars(ours) | {name: getattr(ours, name) for name in ("share_of_copy", "share_of_peak")})
         result.add_row(ours.case, ours.direction, *cells, ratio, share)
     return result
 
@@ -261,11 +275,14 @@ def main(arguments: Arguments) -> list[Row]:
     if arguments.kv_heads < 1 or arguments.heads % arguments.kv_heads:
         raise SystemExit(f"--kv-heads: got {arguments.kv_heads}; must divide --heads, which is {arguments.heads}")
     console.print(machine(device))
-    peak = matrix_peak(getattr(torch, arguments.dtype), device)
+    peak, copy = matrix_peak(getattr(torch, arguments.dtype), device), copy_rate(sum(bytes_moved(arguments)), device)
+    console.print(
+        f"a large matrix product: {peak / 1e9:,.0f} GFLOP/s; a copy: {copy / 1e9:,.1f} GB/s, read and written"
+    )
     rows: list[Row] = []
     todo = [(pattern, fresh) for pattern in PATTERNS for fresh in (True, False)]
     for pattern, fresh in track(todo, "measuring", console=console, transient=True):
-        rows += measure(pattern, fresh, arguments, peak)
+        rows += measure(pattern, fresh, arguments, peak, copy)
         if arguments.json:
             write_rows(arguments.json, rows, device)
     console.print(table(rows, arguments))

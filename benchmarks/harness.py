@@ -274,6 +274,12 @@ def copy_run(nbytes: int, device: torch.device) -> Callable[[Callable[[], None]]
     return run
 
 
+def copy_rate(nbytes: int, device: torch.device) -> float:
+    """Bytes/s, read and written, of a copy of so many bytes in all: the best of ten."""
+    timed = phases_in_turns({"copy": copy_run(nbytes, device)}, device=device, rounds=10)
+    return nbytes / min(timed["copy"].seconds[0])
+
+
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a large square matrix product: the best of ten, on random data.
 

@@ -34,6 +34,7 @@ ABOUT = {
     "attention": ("Attention over packed documents", "python -m benchmarks.attention"),
     "ops": ("Op by op", "python -m benchmarks.ops"),
     "products": ("Linear layers on a CPU", "python -m benchmarks.products"),
+    "optimizer": ("The optimizer's step", "python -m benchmarks.optimizer"),
     "scaling": ("How time and memory grow", "python -m benchmarks.scaling"),
     "host_overhead": ("What a call costs the host", "python -m benchmarks.host_overhead"),
     "packing": ("Packing", "python -m benchmarks.packing"),

@@ -375,7 +375,7 @@ def main(arguments: Arguments) -> list[Row]:
         # Side by side they would not fit a GPU.
         one_by_one = [{name: chosen[name]} for name in sorted(chosen, key=_turn)]
         for group in one_by_one if device.type == "cuda" else [chosen]:
-            measurements += in_turns(group, rounds=arguments.rounds, warmup=2, report=status.update)
+            measurements += in_turns(group, rounds=arguments.rounds, warmup=1, report=status.update)
             judge(arguments, measurements, expected)
             if arguments.json:
                 write_rows(arguments.json, rows_of(arguments, [*measurements, *missing], batch), device)

@@ -63,7 +63,7 @@ def test_a_wrong_rival_prints_no_time(monkeypatch):
     }
     monkeypatch.setattr(peers, "ATTENTION", rivals)
     arguments = attention.Arguments(tokens=128, heads=2, kv_heads=1, head_dim=16, dtype="float32", steps=3)
-    rows = attention.measure(attention.many_tiny, True, arguments, 1e9)
+    rows = attention.measure(attention.many_tiny, True, arguments, 1e9, 1e9)
     by_name = {(row.rival, row.direction): row for row in rows}
     assert by_name["lemur_fast", "both"].error.startswith("wrong: relative error of out")
     assert by_name["lemur_fast", "both"].median is None

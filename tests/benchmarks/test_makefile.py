@@ -13,7 +13,7 @@ import tyro
 from benchmarks import ops
 
 ROOT = Path(__file__).parents[2]
-OF_CPU = {"products", "packing", "host_overhead", "chat", "dedup", "data", "pretrain"}
+OF_CPU = {"products", "optimizer", "packing", "host_overhead", "chat", "dedup", "data", "pretrain"}
 TAKE_DEVICE = {"train_step", "attention", "ops", "scaling"}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
