@@ -8,8 +8,8 @@ new lengths for every step, as training does; "repeated" runs the same lengths a
 for all layers (a mask, the longest length) is not timed. The FLOPs counted are those of the pairs that the causal mask
 leaves inside documents, 4 D a pair and head forward and 2.5 times that backward, and the bytes those of the tensors
 that are read and written. The slower of the two bounds a pattern, FLOPs at the rate of a large matrix product or bytes
-at that of a copy, and the share shown is of that one: documents of a few tokens are bound by memory. Output and
-gradients of each are checked against float64, on the pattern itself, before it is timed: a wrong one prints no time.
+at that of a copy, and the share shown is of that one. Output and gradients of each are checked against float64, on the
+pattern itself, before it is timed: a wrong one prints no time.
 """
 
 from __future__ import annotations

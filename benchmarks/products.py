@@ -1,7 +1,7 @@
 """A linear layer of bfloat16 on the CPU, forward and backward: torch's products, and those of lemur_fast.
 
     python -m benchmarks.products                              # half a minute
-    ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.products      # torch's bfloat16 as on a CPU without AVX-512
+    ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.products --shapes "small, attention"    # torch's bfloat16 on AVX2
 
 lemur_fast takes products of bfloat16 in float32 where a table of CPU features says that this is faster, and leaves them
 to torch elsewhere. Which it is here, and what the other way would cost, this shows; "float32" has its operands in
@@ -40,6 +40,8 @@ PHASES = ("forward", "backward")
 class Arguments:
     """Times a linear layer."""
 
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    """Names of shapes: "small, attention", "small, MLP", "LLaMA-2-7B, attention"."""
     rounds: int = 7
     """Timed rounds of each rival."""
     seconds: float = 10.0
@@ -117,9 +119,11 @@ def main(arguments: Arguments) -> None:
         "lemur_fast takes products of bfloat16 "
         + ("in float32 here" if _products.float32_is_faster() else "as torch does here: in bfloat16")
     )
+    if unknown := set(arguments.shapes) - set(SHAPES):
+        raise SystemExit(f"--shapes: got {', '.join(sorted(unknown))}; takes {'; '.join(SHAPES)}")
     rows: list[Row] = []
-    for case, shape in track(SHAPES.items(), "products", console=console, transient=True):
-        rows += measure(case, shape, arguments)
+    for case in track(arguments.shapes, "products", console=console, transient=True):
+        rows += measure(case, SHAPES[case], arguments)
     table = Table(title="a linear layer of bfloat16: GFLOP/s")
     for heading in ("tokens x inputs x outputs", "", *rivals(), "x torch"):
         table.add_column(heading, justify="right" if heading in ("x torch", *rivals()) else "left", no_wrap=True)
