@@ -423,7 +423,7 @@ def plot_bars(path: Path, lines: list[Line], title: str, value: str) -> bool:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("% of a copy, or of a matrix product" if value == "share" else "times as fast as the slowest")
     axes.margins(x=0.08, y=0.01)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)  # beside the bars
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
     return True
