@@ -170,19 +170,15 @@ def main(arguments: Arguments) -> None:
         alike[earlier].append((later, similarity))
         alike[later].append((earlier, similarity))
     table = Table()
-    headings = (
-        "",
-        "seconds",
-        "processes",
-        "dropped",
-        "precision",
-        "recall >= 0.9",
-        ">= 0.8",
-        f">= {arguments.threshold}",
-    )
+    similarities = sorted({0.9, 0.8, arguments.threshold}, reverse=True)
+    first, *rest = similarities
+    headings = ["", "seconds", "processes", "dropped", "precision", f"recall >= {first}", *(f">= {s}" for s in rest)]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    rivals = (("lemur_fast (rensa)", seconds, arguments.workers, dropped), ("datatrove", peer_seconds, 1, peer_dropped))
+    rivals = (
+        ("lemur_fast (rensa), from files on disk", seconds, arguments.workers, dropped),
+        ("datatrove, from texts in memory", peer_seconds, 1, peer_dropped),
+    )
     rates, rows = signature_rates(texts), []
     shape = f"{len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} M characters"
     for (name, took, processes, gone), rate in zip(rivals, rates, strict=True):
@@ -192,14 +188,15 @@ def main(arguments: Arguments) -> None:
         )
         precision = right / len(gone) if gone else None
         recalls: dict[float, float | None] = {}
-        for least in (0.9, 0.8, arguments.threshold):
+        for least in similarities:
             pairs = [pair for pair, similarity in truth.items() if similarity >= least]
             hit = sum(earlier in gone or later in gone for earlier, later in pairs)
             recalls[least] = hit / len(pairs) if pairs else None
         shares = {"precision": precision, **{f"recall >= {least}": recall for least, recall in recalls.items()}}
         told = ("-" if share is None else f"{share:.4f}" for share in shares.values())
         table.add_row(name, f"{took:.1f}", str(processes), f"{len(gone):,}", *told)
-        facts = {"processes": processes, "dropped": len(gone), "M shingles/s into signatures": round(rate, 2)}
+        cores = "all cores" if name.startswith("lemur_fast") else "one core"
+        facts = {"processes": processes, "dropped": len(gone), f"M shingles/s into signatures, {cores}": round(rate, 2)}
         facts |= {name: round(share, 4) for name, share in shares.items() if share is not None}
         case = f"near duplicates from {arguments.threshold} on"
         rows.append(Row("dedup", case, name, shape, seconds=[took], facts=facts))

@@ -5,7 +5,7 @@
 
 Bytes counted: AdamW reads weight, gradient and two moments and writes all but the gradient; clipping reads the
 gradients for their norm, and reads and writes them to scale them. Beside each stands a copy of as many bytes, in the
-same turns, in blocks of the parameters' sizes. Peers: torch's AdamW that goes tensor by tensor (foreach), and
+same turns. Peers: torch's AdamW that goes tensor by tensor (foreach), and
 `torch.nn.utils.clip_grad_norm_`. The weights and norms of each are checked against float64 before it is timed: wrong
 ones print no time.
 """

@@ -237,10 +237,12 @@ def main() -> None:
         return
     console = Console(width=120)
     console.print(machine())
-    rows = [] if args.only == "processes" else measure_checkpoints(args, console)
-    rows += [] if args.only == "checkpoints" else measure_processes(args, console)
-    if args.json:
-        write_rows(args.json, rows)
+    rows: list[Row] = []
+    for name, measure in (("checkpoints", measure_checkpoints), ("processes", measure_processes)):
+        if args.only in ("all", name):
+            rows += measure(args, console)
+            if args.json:
+                write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

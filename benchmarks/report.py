@@ -522,7 +522,7 @@ def section(name: str, lines: list[Line], folder: Path, slug: str) -> list[str]:
         if curves(here):
             drawn = plot_curves(path, here, above)
             text += growth_table(here)
-        elif len(here) > 1 and len(grouped(here, group_of)) == len(here):
+        elif len(here) > 1 and len(grouped(here, group_of)) == len(here) and {r["rival"] for r in here} == {OURS}:
             drawn = False
             text += facts_table(here)
         elif len(grouped(here, group_of)) <= 2:
@@ -551,7 +551,8 @@ def report(lines: list[Line], out: Path) -> str:
         "`counted` are the bytes that must be moved at least, or the FLOPs that must be computed. Every ratio x is of",
         "times of one run, so of one machine and commit, and more than 1 is faster.",
         f"No rivals, but bounds: {', '.join(BOUNDS)}.",
-        "The results of every rival were checked in the same run: one that was wrong shows no time.",
+        "The results of every rival were checked in the same run, and one that was wrong shows no time; not so near",
+        "duplicates, whose precision and recall are told, and the data pipeline and checkpoints, which have no rival.",
         "",
     ]
     if not any(line["device"] == "cuda" for line in lines):

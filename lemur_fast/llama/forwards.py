@@ -62,6 +62,8 @@ from lemur_fast.ops import _products
 from lemur_fast.ops._loss import LossStats, only_rows
 from lemur_fast.ops.swiglu import swiglu_linear
 
+_STOCK_LINEAR = nn.Linear.forward  # some tools replace it for all
+
 # Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
 _LAYER_CHECKPOINTS_ITSELF = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -117,7 +119,8 @@ def _is_only_its_product(module: nn.Module) -> bool:
         and not any((module._forward_pre_hooks, module._forward_hooks))
         and not any((module._backward_pre_hooks, module._backward_hooks))
         and not every_module_is_watched()
-        and not is_traceable_wrapper_subclass(module.weight)
+        and type(module.weight) in (nn.Parameter, Tensor)  # a subclass may have a product of its own
+        and nn.Linear.forward is _STOCK_LINEAR
     )
 
 

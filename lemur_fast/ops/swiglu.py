@@ -167,6 +167,12 @@ class _SwigluLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:
+        # Inside autocast the products would be of its dtype, and so the gradient of y, which is one of gate's dtype.
+        with torch.autocast(dout.device.type, enabled=False):
+            return _SwigluLinear._gradients(ctx, dout)
+
+    @staticmethod
+    def _gradients(ctx: Any, dout: Tensor) -> tuple:
         gate, up, weight = ctx.saved_tensors
         of_bias = ctx.needs_input_grad[3]
         y = _swiglu_op(gate, up, ctx.backend)

@@ -73,3 +73,10 @@ def test_a_wrong_rival_prints_no_time(monkeypatch):
     assert right.flops == 3.5 * by_name["a document at a time", "forward"].flops
     assert right.share_of_peak == right.flops / right.median / 1e9
     assert "2 + 1" in right.shape
+    assert right.share_of_copy is None
+    size = 128 * 16 * 4
+    slow_copy = attention.measure(attention.many_tiny, True, arguments, 1e15, 1e6)
+    bound = {(row.rival, row.direction): row for row in slow_copy}["a document at a time", "both"]
+    assert bound.bytes == size * (2 * 2 + 2 * 1 + 4 * 2 + 4 * 1)
+    assert bound.share_of_copy == bound.bytes / 1e6 / bound.median
+    assert bound.share_of_peak is None

@@ -160,6 +160,50 @@ def test_global_hooks_see_what_stock_shows(layouts: list[bool]) -> None:
     assert layouts == [False, False]
 
 
+@pytest.mark.parametrize("how", ["global hook", "instance", "class", "weight"])
+def test_the_down_projection_is_called_where_someone_replaced_or_watches_it(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its product is taken without it, so that its input need not be kept."""
+    ours, _ = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    down = ours.model.layers[1].mlp.down_proj
+    called = []
+    stock = torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        called.append(self)
+        return stock(self, x)
+
+    class Own(torch.nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.extend([down] if function is torch.nn.functional.linear else [])
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+
+    handle = None
+    if how == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: called.append(m))
+    elif how == "instance":
+        down.forward = forward.__get__(down)
+    elif how == "class":
+        down.__dict__.pop("forward", None)
+        monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    else:
+        down.weight = Own(down.weight.detach())
+    fused = []
+    original = forwards.swiglu_linear
+    monkeypatch.setattr(forwards, "swiglu_linear", lambda g, u, w, b: (fused.append(w), original(g, u, w, b))[1])
+    try:
+        ours(ids, labels=ids)
+    finally:
+        if handle:
+            handle.remove()
+    assert down in called
+    assert not any(weight is down.weight for weight in fused)
+
+
 @pytest.mark.parametrize("which", [True, -1, [0, 1], [1, -1]], ids=str)
 @pytest.mark.parametrize("batch", ["rows", "padded left", "cached"])
 def test_output_hidden_states(batch: str, which: Any) -> None:

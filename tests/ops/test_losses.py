@@ -427,6 +427,7 @@ def test_no_gradient_comes_back(backend, reduction):
     weight = torch.randn(101, 101, requires_grad=True)
     _Nothing.apply(lf.ops.cross_entropy(logits, labels, reduction=reduction)).sum().backward()
     _Nothing.apply(lf.ops.linear_cross_entropy(logits, weight, labels, reduction=reduction)).sum().backward()
+    _Nothing.apply(lf.ops.rms_norm(logits, weight[0], 1e-5)).sum().backward()
     assert logits.grad is None
     assert weight.grad is None
 

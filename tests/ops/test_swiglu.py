@@ -165,6 +165,22 @@ def test_linear_under_autocast_equals_stock():
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_backward_inside_autocast(backend, dtype):
+    """The forward ran outside: its dtypes stand."""
+    inputs = [torch.randn(70, 16), torch.randn(70, 16), torch.randn(8, 16)]
+    grads = []
+    for function in (swiglu_linear, stock_linear):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        loss = function(*leaves).square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        grads.append([x.grad for x in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 def test_linear_of_no_rows(backend, shape):
     gate, weight = torch.randn(shape, requires_grad=True), torch.randn(3, 8, requires_grad=True)

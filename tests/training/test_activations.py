@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemur_fast as lf
+from lemur_fast.ops import _products
 from lemur_fast.packing import PackedBatch
 from lemur_fast.training.activations import checkpoint_activations
 from lemur_fast.training.distributed import shard
@@ -57,6 +58,16 @@ def test_what_is_computed_again_in_the_backward_pass(make_model, documents):
     again = {mode: calls[mode][product] - calls["none"][product] for mode in calls}
     assert again["full"] >= 2 * 6  # all seven of a layer but the last, whose result no gradient needs
     assert 0 < again["selective"] <= again["full"] // 2 + 2
+
+
+def test_products_taken_in_float32_are_kept_alike(make_model, documents, monkeypatch):
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: True)
+    make = lambda: make_model().bfloat16()  # noqa: E731
+    calls = {mode: gradients(make, documents, mode)[2] for mode in ("none", "full", "selective")}
+    product = "lemur_fast.linear.default"
+    assert calls["none"][product] == 0
+    assert calls["full"][product] >= 2 * 6
+    assert 0 < calls["selective"][product] <= calls["full"][product] // 2 + 2
 
 
 def test_less_is_kept(make_model, documents):
