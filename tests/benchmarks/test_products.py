@@ -36,5 +36,5 @@ def test_a_wrong_result_has_no_time(monkeypatch, capsys):
 
 
 def test_a_shape_of_another_name_is_refused():
-    with pytest.raises(SystemExit, match=r"--shapes: got huge; takes small, attention; small, MLP"):
+    with pytest.raises(SystemExit, match=r"--shapes: got huge; takes tiny"):
         products.main(products.Arguments(shapes=("huge",)))
