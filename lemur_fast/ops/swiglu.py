@@ -6,8 +6,7 @@ Backward recomputes silu; nothing but the two inputs is saved:
 
     dup = dy * silu(gate)        dgate = dy * up * s(gate) * (1 + gate * (1 - s(gate)))
 
-The linear layer behind it would keep y, half as much again. `swiglu_linear` makes y once more in backward instead: a
-pass over the three, of a hundredth of the time of the layer's products.
+The linear layer behind it would keep y, half as much again. `swiglu_linear` makes y once more in backward instead.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202.
 """

@@ -108,8 +108,7 @@ def plan(
     layer = in_layers / layers + 2 * h
 
     # Elements that a layer keeps of a token for its backward: two norms' inputs and outputs, q, k, v and attention's
-    # output, gate and up. Selective: its input, attention's output and every second product (q, v, gate,
-    # down).
+    # output, gate and up. Selective: its input, attention's output and every second product (q, v, gate, down).
     whole = 4 * h + 2 * q + 2 * k + 2 * i
     kept = {"none": whole, "full": h, "selective": h + 2 * q + k + i + h}[checkpointing]
     once = 0 if checkpointing == "none" else whole  # the layer that is being computed again
