@@ -7,9 +7,8 @@
 //   delta_i = o_i . do_i - dlse_i,    ds_ij = p_ij (do_i . v_j - delta_i)    (softcap: times 1 - tanh^2)
 //   dv_j = sum_i p_ij do_i,           dk_j = scale * sum_i ds_ij q_i,        dq_i = scale * sum_j ds_ij k_j
 //
-// Scores are held transposed, a key's row of queries, so that the statistics of a query live in a lane: largest, sum
-// and the rescaling of the output are then plain vector arithmetic, with nothing to add across a register. Exponentials
-// are taken in base 2. A task is a document's key head with all its query heads: its results are its own, so they have
+// Scores are held transposed, a key's row of queries, so that the statistics of a query live in a lane: largest and sum
+// are then plain vector arithmetic, with nothing to add across a register. Exponentials are taken in base 2. A task is a document's key head with all its query heads: its results are its own, so they have
 // the same bits whichever thread computes them.
 #include <cfloat>
 #include <cmath>
@@ -72,7 +71,7 @@ struct BlockMask {
 // most of the upper half of a block on the diagonal is neither computed nor read. Off the diagonal there is one band.
 template <typename Policy>
 struct Bands {
-  static constexpr int64_t kRows = most(16, Policy::kStep);
+  static constexpr int64_t kRows = most(Policy::kWidth, Policy::kStep);
   const BlockMask& mask;
   int64_t keys;  // with their padding
   int64_t lanes;
@@ -85,6 +84,11 @@ struct Bands {
     if (!mask.diagonal) return rows;
     const int64_t past = lane / Policy::kWidth * Policy::kWidth + Policy::kWidth - mask.lowest;
     return least(rows, round_up(most(0, past), kRows));
+  }
+  // The first query that sees one of the keys from `row` on, and past the last key that one before `query` sees.
+  int64_t first_query(int64_t row) const { return mask.diagonal ? most(0, mask.lowest + row) : 0; }
+  int64_t past_key(int64_t query) const {
+    return mask.diagonal ? least(keys, most(0, query - mask.lowest)) : keys;
   }
   // Calls body(row, rows, lane) for every band that has queries.
   template <typename Body>
@@ -161,21 +165,110 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
           least(kBlock, length - first), head_dim};
 }
 
-// Writes `count` rows of `head_dim` elements, `stride` apart, from their transpose x [width, kBlock] times `factor`.
+// Writes x [head_dim] times `factor`.
 template <typename T>
-void write_transposed(const float* x, int64_t count, int64_t head_dim, float factor, T* out, int64_t stride) {
-  alignas(64) float rows[16 * kMaxWidth];
+void write_row(const float* x, int64_t head_dim, float factor, T* out) {
   const Vec by = broadcast(factor);
-  for (int64_t first = 0; first < count; first += 16) {
-    int64_t d = 0;
-    for (; d + 16 <= head_dim; d += 16) transpose_16x16(x + d * kBlock + first, kBlock, rows + d, kMaxWidth);
-    for (; d < head_dim; ++d) {
-      for (int64_t i = 0; i < 16; ++i) rows[i * kMaxWidth + d] = x[d * kBlock + first + i];
+  for_lanes(head_dim, [&](int64_t d, auto lanes) { store(out + d, mul(load(x + d, lanes), by), lanes); });
+}
+
+// ---- sums over keys and over queries ----
+
+// out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock]. The sums of Fma lie row
+// by row, and where the diagonal passes each query has just the keys that it sees.
+template <typename Policy>
+struct KeySums {
+  static constexpr bool kOwnPack = false;
+  float* out;  // [kBlock, width]
+  int64_t width;
+
+  template <typename T>
+  static void pack(const Rows<T>& x, int64_t width, float* packed) {
+    Policy::pack_a(x, width, packed);
+  }
+  void clear(int64_t lanes) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(lanes * width)); }
+  // Adds those of a block of keys, or with `first` sets them.
+  void add(const Policy&, const Bands<Policy>& bands, const float* w, const float* x, float*, bool first) const {
+    const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.lanes;
+    for (int64_t query = 0; query < bands.lanes; query += step) {
+      Policy::template product<true>(step, width, bands.past_key(query + step), w + query, kBlock, x, width,
+                                     out + query * width, width, !first);
     }
-    for (int64_t i = 0; i < least(16, count - first); ++i) {
-      const float* row = rows + i * kMaxWidth;
-      T* to = out + (first + i) * stride;
-      for_lanes(head_dim, [&](int64_t at, auto lanes) { store(to + at, mul(load(row + at, lanes), by), lanes); });
+  }
+  void scale(int64_t lane, const float* factors) const {
+    for (int64_t i = 0; i < kRegLanes; ++i) {
+      const Reg by = broadcast_reg(factors[i]);
+      float* row = out + (lane + i) * width;
+      for (int64_t d = 0; d < width; d += kRegLanes) store_reg(row + d, mul(load_reg(row + d), by));
+    }
+  }
+  // Row i times factor(i) to `count` rows of `head_dim` elements, `stride` apart.
+  template <typename T, typename Factor>
+  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride) const {
+    for (int64_t i = 0; i < count; ++i) write_row(out + i * width, head_dim, factor(i), to + i * stride);
+  }
+};
+
+#if defined(LEMUR_ISA_AMX)
+// Those of tiles are transposed, so that w is a right operand as it lies, in pairs of rows.
+template <>
+struct KeySums<Tiles> {
+  static constexpr bool kOwnPack = true;
+  float* out;  // [width, kBlock]
+  int64_t width;
+
+  static void pack(const Rows<bfloat16>& x, int64_t width, bfloat16* packed) {
+    Tiles::pack_transposed_a(x, width, packed);
+  }
+  void clear(int64_t) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width)); }
+  void add(const Tiles& tiles, const Bands<Tiles>& bands, const float* w, const bfloat16* x, bfloat16* memory,
+           bool first) const {
+    if (first) clear(bands.lanes);  // bands have fewer lanes, the lower they lie
+    const bfloat16* right = Tiles::as_b(w, bands.keys, memory);
+    bands.each([&](int64_t row, int64_t many, int64_t lane) {
+      tiles.product(width, bands.lanes - lane, many, x + row, kBlock, right + row * kBlock + Tiles::column(lane), kBlock,
+                    out + lane, kBlock, true);
+    });
+  }
+  void scale(int64_t lane, const float* factors) const {
+    const Reg by = load_reg(factors);
+    for (int64_t d = 0; d < width; ++d) {
+      float* o = out + d * kBlock + lane;
+      store_reg(o, mul(load_reg(o), by));
+    }
+  }
+  template <typename T, typename Factor>
+  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride) const {
+    alignas(64) float rows[16 * kMaxWidth];
+    for (int64_t first = 0; first < count; first += 16) {
+      for (int64_t d = 0; d < width; d += 16) {
+        transpose_16x16(out + d * kBlock + first, kBlock, rows + d, kMaxWidth);
+      }
+      for (int64_t i = first; i < least(first + 16, count); ++i) {
+        write_row(rows + (i - first) * kMaxWidth, head_dim, factor(i), to + i * stride);
+      }
+    }
+  }
+};
+#endif
+
+// out_j += sum_i w_ij x_i for the keys j of a block.
+template <typename Policy>
+void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const float* w, const typename Policy::Element* x,
+                    int64_t width, typename Policy::Element* memory, float* out) {
+  const auto* left = Policy::as_a(w, bands.keys, memory);
+  if constexpr (Policy::kStep >= Policy::kWidth) {
+    bands.each([&](int64_t row, int64_t many, int64_t lane) {
+      policy.product(many, width, bands.lanes - lane, left + row * kBlock + lane, kBlock, x + lane * width, width,
+                     out + row * width, width, true);
+    });
+  } else {
+    const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
+    for (int64_t row = 0; row < bands.keys; row += step) {
+      const int64_t query = bands.first_query(row);
+      if (query >= bands.lanes) return;
+      policy.product(step, width, bands.lanes - query, left + row * kBlock + query, kBlock, x + query * width, width,
+                     out + row * width, width, true);
     }
   }
 }
@@ -196,10 +289,10 @@ void prefetch_head(const void* data, int64_t token_stride, int64_t head_stride, 
 // ---- forward ----
 
 // Turns products [rows, kBlock] into exp(s - largest) and brings the statistics of the lanes up to date; the output so
-// far, [width, kBlock], is rescaled to them.
+// far is rescaled to them.
 template <typename Policy, bool kSoftcap>
 void softmax_block(const Scores<kSoftcap>& score, const Bands<Policy>& bands, float* s, int64_t keys, float* largest,
-                   float* total, float* output, int64_t width, bool first) {
+                   float* total, const KeySums<Policy>& output, bool first) {
   const BlockMask& mask = bands.mask;
   const Reg none = broadcast_reg(-INFINITY), zero = broadcast_reg(0.f);
   for (int64_t lane = 0; lane < bands.lanes; lane += kRegLanes) {
@@ -226,10 +319,9 @@ void softmax_block(const Scores<kSoftcap>& score, const Bands<Policy>& bands, fl
     store_reg(largest + lane, high);
     store_reg(total + lane, fma(load_reg(total + lane), shrink, sum));
     if (first) continue;
-    for (int64_t d = 0; d < width; ++d) {
-      float* o = output + d * kBlock + lane;
-      store_reg(o, mul(load_reg(o), shrink));
-    }
+    float factors[kRegLanes];
+    store_reg(factors, shrink);
+    output.scale(lane, factors);
   }
 }
 
@@ -249,15 +341,15 @@ struct Forward {
     Arena<Policy> arena{memory};
     const int64_t pack = round_up(Policy::pack_size(width), 16), key_blocks = blocks_of(doc.keys);
     const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks), query(arena, pack, 1);
-    float* output = arena.floats(kBlock * width);
+    const KeySums<Policy> output{arena.floats(kBlock * width), width};
     float* s = arena.floats(kBlock * kBlock);
     auto* converted = arena.packs(Policy::result_size(), 1);
     float* largest = arena.floats(kBlock);
     float* total = arena.floats(kBlock);
     for (int64_t block = 0; block < key_blocks; ++block) {
       Policy::pack_a(block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, keys[block]);
-      Policy::pack_transposed_a(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width,
-                                values[block]);
+      KeySums<Policy>::pack(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width,
+                            values[block]);
     }
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
@@ -266,12 +358,12 @@ struct Forward {
         const int64_t lanes = round_up(count, Policy::kWidth);
         Policy::pack_transposed_b(block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim), width,
                                   query[0]);
-        std::memset(output, 0, sizeof(float) * static_cast<size_t>(kBlock * width));
-        for (int64_t i = 0; i < kBlock; ++i) {
+        for (int64_t i = 0; i < lanes; ++i) {
           largest[i] = -INFINITY;
           total[i] = 0.f;
         }
         const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
+        if (begin >= end) output.clear(lanes);
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
@@ -280,15 +372,11 @@ struct Forward {
             policy.product(many, lanes - lane, width, keys[key_block] + row * width, width,
                            query[0] + Policy::column(lane), kBlock, s + row * kBlock + lane, kBlock, false);
           });
-          softmax_block(score, bands, s, rows, largest, total, output, width, key_block == begin);
+          softmax_block(score, bands, s, rows, largest, total, output, key_block == begin);
           std::memset(s + rows * kBlock, 0, sizeof(float) * static_cast<size_t>((padded - rows) * kBlock));
-          const auto* p = Policy::as_b(s, padded, converted);
-          bands.each([&](int64_t row, int64_t many, int64_t lane) {
-            policy.product(width, lanes - lane, many, values[key_block] + row, kBlock,
-                           p + row * kBlock + Policy::column(lane), kBlock, output + lane, kBlock, true);
-          });
+          output.add(policy, bands, s, values[key_block], converted, key_block == begin);
         }
-        finish(doc.query_start + first, head, count, lanes, largest, total, output);
+        finish(doc.query_start + first, head, count, largest, total, output);
       }
     }
   }
@@ -304,21 +392,13 @@ struct Forward {
     }
   }
 
-  void finish(int64_t token, int64_t head, int64_t count, int64_t lanes, float* largest, float* total,
-              float* output) const {
-    for (int64_t lane = 0; lane < lanes; lane += kRegLanes) {
-      float inverse[kRegLanes];
-      for (int i = 0; i < kRegLanes; ++i) inverse[i] = total[lane + i] == 0.f ? 0.f : 1.f / total[lane + i];
-      const Reg factor = load_reg(inverse);
-      for (int64_t d = 0; d < a.head_dim; ++d) {
-        float* o = output + d * kBlock + lane;
-        store_reg(o, mul(load_reg(o), factor));
-      }
-    }
+  void finish(int64_t token, int64_t head, int64_t count, const float* largest, const float* total,
+              const KeySums<Policy>& output) const {
     float* lse = a.lse + head * a.query_tokens + token;
     for (int64_t i = 0; i < count; ++i) lse[i] = total[i] == 0.f ? -INFINITY : largest[i] * kLn2 + logf(total[i]);
     T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.head_dim;
-    write_transposed(output, count, a.head_dim, 1.f, out, a.q_heads * a.head_dim);
+    const auto inverse = [&](int64_t i) { return total[i] == 0.f ? 0.f : 1.f / total[i]; };
+    output.write(count, a.head_dim, inverse, out, a.q_heads * a.head_dim);
   }
 };
 
@@ -333,21 +413,21 @@ struct Backward {
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
-    return blocks_of(longest) * (7 * pack + 3 * kBlock * width + 2 * kBlock) + 2 * kBlock * kBlock +
-           Policy::result_size();
+    return blocks_of(longest) * ((6 + KeySums<Policy>::kOwnPack) * pack + 2 * kBlock * width + 2 * kBlock) +
+           kBlock * width + 2 * kBlock * kBlock + Policy::result_size();
   }
 
   void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
     Arena<Policy> arena{memory};
     const int64_t pack = round_up(Policy::pack_size(width), 16), block_size = kBlock * width;
     const int64_t key_blocks = blocks_of(doc.keys), query_blocks = blocks_of(doc.queries);
-    const Packs<Policy> keys(arena, pack, key_blocks), keys_turned(arena, pack, key_blocks);
-    const Packs<Policy> values(arena, pack, key_blocks);
+    const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks);
+    const Packs<Policy> keys_summed = KeySums<Policy>::kOwnPack ? Packs<Policy>(arena, pack, key_blocks) : keys;
     const Packs<Policy> query(arena, pack, query_blocks), query_turned(arena, pack, query_blocks);
     const Packs<Policy> dout(arena, pack, query_blocks), dout_turned(arena, pack, query_blocks);
     float* dk = arena.floats(key_blocks * block_size);
     float* dv = arena.floats(key_blocks * block_size);
-    float* dq_turned = arena.floats(query_blocks * block_size);
+    const KeySums<Policy> dq{arena.floats(block_size), width};
     float* lse = arena.floats(query_blocks * kBlock);
     float* delta = arena.floats(query_blocks * kBlock);
     float* p = arena.floats(kBlock * kBlock);
@@ -356,7 +436,8 @@ struct Backward {
 
     for (int64_t block = 0; block < key_blocks; ++block) {
       const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim);
-      Policy::pack_both_a(k, width, keys[block], keys_turned[block]);
+      Policy::pack_a(k, width, keys[block]);
+      if constexpr (KeySums<Policy>::kOwnPack) KeySums<Policy>::pack(k, width, keys_summed[block]);
       Policy::pack_a(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, values[block]);
     }
     const auto written = static_cast<size_t>(round_up(doc.keys, Policy::kStep) * width);
@@ -371,12 +452,12 @@ struct Backward {
         Policy::pack_both_b(grad, width, dout[block], dout_turned[block]);
         statistics(doc, head, block, grad, lse + block * kBlock, delta + block * kBlock);
       }
-      std::memset(dq_turned, 0, sizeof(float) * static_cast<size_t>(query_blocks * block_size));
       for (int64_t block = 0; block < query_blocks; ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
         const int64_t lanes = round_up(count, Policy::kWidth);
-        const int64_t end = visible.past_key_block(first + count);
-        for (int64_t key_block = visible.first_key_block(first); key_block < end; ++key_block) {
+        const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
+        if (begin >= end) dq.clear(lanes);
+        for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
           const Bands<Policy> bands{mask, padded, lanes};
@@ -388,25 +469,13 @@ struct Backward {
                            kBlock, ds + at, kBlock, false);
           });
           gradients_of_scores(bands, p, ds, rows, lse + first, delta + first);
-          const auto* left = Policy::as_a(p, padded, converted);
-          bands.each([&](int64_t row, int64_t many, int64_t lane) {
-            policy.product(many, width, lanes - lane, left + row * kBlock + lane, kBlock, dout[block] + lane * width,
-                           width, dv + key_block * block_size + row * width, width, true);
-          });
-          left = Policy::as_a(ds, padded, converted);
-          bands.each([&](int64_t row, int64_t many, int64_t lane) {
-            policy.product(many, width, lanes - lane, left + row * kBlock + lane, kBlock, query[block] + lane * width,
-                           width, dk + key_block * block_size + row * width, width, true);
-          });
-          const auto* right = Policy::as_b(ds, padded, converted);
-          bands.each([&](int64_t row, int64_t many, int64_t lane) {
-            policy.product(width, lanes - lane, many, keys_turned[key_block] + row, kBlock,
-                           right + row * kBlock + Policy::column(lane), kBlock, dq_turned + block * block_size + lane,
-                           kBlock, true);
-          });
+          const int64_t at = key_block * block_size;
+          add_query_sums(policy, bands, p, dout[block], width, converted, dv + at);
+          add_query_sums(policy, bands, ds, query[block], width, converted, dk + at);
+          dq.add(policy, bands, ds, keys_summed[key_block], converted, key_block == begin);
         }
-        T* dq = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
-        write_transposed(dq_turned + block * block_size, count, a.head_dim, a.scale, dq, a.q_heads * a.head_dim);
+        T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
+        dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim);
       }
     }
     const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
@@ -478,9 +547,8 @@ struct Backward {
   }
 
   void write_rows(const float* x, int64_t count, float factor, T* out) const {
-    const Vec by = broadcast(factor);
     for (int64_t row = 0; row < count; ++row, x += width, out += a.kv_heads * a.head_dim) {
-      for_lanes(a.head_dim, [&](int64_t d, auto lanes) { store(out + d, mul(load(x + d, lanes), by), lanes); });
+      write_row(x, a.head_dim, factor, out);
     }
   }
 };

@@ -39,9 +39,9 @@ struct Fma {
   // From the start of a row of a b to its column n.
   static int64_t column(int64_t n) { return n; }
 
-  // As an a, and as a b: [kBlock, width], of which the rows are written that x has, and zeros up to a multiple of 16.
+  // As an a, or a b: [kBlock, width], of which the rows are written that x has, and zeros up to a multiple of 16.
   template <typename T>
-  static void pack(const Rows<T>& x, int64_t width, float* out) {
+  static void pack_a(const Rows<T>& x, int64_t width, float* out) {
     const int64_t written = x.width < width ? 0 : x.count;
     std::memset(out + written * width, 0, sizeof(float) * static_cast<size_t>((padded_rows(x) - written) * width));
     for (int64_t row = 0; row < x.count; ++row) {
@@ -50,66 +50,47 @@ struct Fma {
       for_lanes(x.width, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
     }
   }
-  template <typename T>
-  static void pack_a(const Rows<T>& x, int64_t width, float* out) {
-    pack(x, width, out);
-  }
-  template <typename T>
-  static void pack_b(const Rows<T>& x, int64_t width, float* out) {
-    pack(x, width, out);
-  }
 
-  // The transpose, as an a, and as a b: [width, kBlock], as many columns as a pack has rows.
-  template <typename T>
-  static void pack_transposed(const Rows<T>& x, int64_t width, float* out) {
-    alignas(64) float rows[kBlock * kMaxWidth];
-    pack(x, round_up(width, 16), rows);
-    turn(rows, padded_rows(x), width, out);
-  }
-  template <typename T>
-  static void pack_transposed_a(const Rows<T>& x, int64_t width, float* out) {
-    pack_transposed(x, width, out);
-  }
+  // The transpose, as a b: [width, kBlock], as many columns as a pack has rows.
   template <typename T>
   static void pack_transposed_b(const Rows<T>& x, int64_t width, float* out) {
-    pack_transposed(x, width, out);
+    alignas(64) float rows[kBlock * kMaxWidth];
+    pack_a(x, round_up(width, 16), rows);
+    turn(rows, padded_rows(x), width, out);
   }
 
   // Both, from one reading of x.
   template <typename T>
-  static void pack_both_a(const Rows<T>& x, int64_t width, float* out, float* transposed) {
-    if (width % 16) {
-      pack_transposed(x, width, transposed);
-      return pack(x, width, out);
-    }
-    pack(x, width, out);
-    turn(out, padded_rows(x), width, transposed);
-  }
-  template <typename T>
   static void pack_both_b(const Rows<T>& x, int64_t width, float* out, float* transposed) {
-    pack_both_a(x, width, out, transposed);
+    if (width % 16) {
+      pack_transposed_b(x, width, transposed);
+      return pack_a(x, width, out);
+    }
+    pack_a(x, width, out);
+    turn(out, padded_rows(x), width, transposed);
   }
 
   // A result [rows, kBlock] as an operand of the next product: it is one already.
   static const float* as_a(const float* x, int64_t, float*) { return x; }
-  static const float* as_b(const float* x, int64_t, float*) { return x; }
 
-  // The memory that as_a and as_b may use.
+  // The memory that as_a may use.
   static int64_t result_size() { return 0; }
 
-  void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-               float* c, int64_t c_stride, bool accumulate) const {
+  // With `kTurned`, a is given as its transpose [k, m].
+  template <bool kTurned = false>
+  static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
     int64_t column = 0;
     for (; column + kPanel * kRegLanes <= n; column += kPanel * kRegLanes) {
-      panel<kPanel>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+      panel<kPanel, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
     }
     switch ((n - column) / kRegLanes) {
       case 1:
-        return panel<1>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+        return panel<1, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
       case 2:
-        return panel<2>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+        return panel<2, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
       case 3:
-        return panel<3>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+        return panel<3, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
     }
   }
 
@@ -143,20 +124,23 @@ struct Fma {
   }
 
   // The fewer registers across, the more rows at a time.
-  template <int kColumns>
+  template <int kColumns, bool kTurned>
   static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                     int64_t c_stride, bool accumulate) {
     constexpr int kTall = kColumns < kPanel ? kSums / kColumns / kStep * kStep : kStep;
+    const int64_t row_step = kTurned ? 1 : a_stride;
     int64_t row = 0;
     for (; row + kTall <= m; row += kTall) {
-      tile<kTall, kColumns>(k, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, accumulate);
+      tile<kTall, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
+                                     accumulate);
     }
     for (; row < m; row += kStep) {
-      tile<kStep, kColumns>(k, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, accumulate);
+      tile<kStep, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
+                                     accumulate);
     }
   }
 
-  template <int kRows, int kColumns>
+  template <int kRows, int kColumns, bool kTurned>
   static void tile(int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                    int64_t c_stride, bool accumulate) {
     Reg sums[kRows][kColumns];
@@ -169,7 +153,7 @@ struct Fma {
       Reg right[kColumns];
       for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
       for (int i = 0; i < kRows; ++i) {
-        const Reg left = broadcast_reg(a[i * a_stride + step]);
+        const Reg left = broadcast_reg(kTurned ? a[step * a_stride + i] : a[i * a_stride + step]);
         for (int j = 0; j < kColumns; ++j) sums[i][j] = fma(left, right[j], sums[i][j]);
       }
     }
@@ -240,10 +224,6 @@ struct Tiles {
     turn(rows.data, rows.stride, kBlock, width / 2, out);
   }
 
-  static void pack_both_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
-    pack_a(x, width, out);
-    pack_transposed_a(x, width, transposed);
-  }
   static void pack_both_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
     pack_b(x, width, out);
     pack_transposed_b(x, width, transposed);

@@ -493,6 +493,30 @@ inline void store_one(T* p, float value) {
 
 // ---- transposition ----
 
+#if defined(LEMUR_ISA_AVX2)
+inline void transpose_8x8(const uint32_t* x, int64_t x_stride, uint32_t* out, int64_t out_stride) {
+  // Register i: the first halves of the rows i and i + 4, and then their second halves.
+  Bits r[8], t[8];
+  for (int i = 0; i < 4; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const auto* low = reinterpret_cast<const __m128i*>(x + i * x_stride + 4 * half);
+      const auto* high = reinterpret_cast<const __m128i*>(x + (i + 4) * x_stride + 4 * half);
+      r[4 * half + i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+    }
+  }
+  for (int half = 0; half < 8; half += 4) {
+    t[half] = _mm256_unpacklo_epi32(r[half], r[half + 1]);
+    t[half + 1] = _mm256_unpackhi_epi32(r[half], r[half + 1]);
+    t[half + 2] = _mm256_unpacklo_epi32(r[half + 2], r[half + 3]);
+    t[half + 3] = _mm256_unpackhi_epi32(r[half + 2], r[half + 3]);
+    store_bits(out + half * out_stride, _mm256_unpacklo_epi64(t[half], t[half + 2]));
+    store_bits(out + (half + 1) * out_stride, _mm256_unpackhi_epi64(t[half], t[half + 2]));
+    store_bits(out + (half + 2) * out_stride, _mm256_unpacklo_epi64(t[half + 1], t[half + 3]));
+    store_bits(out + (half + 3) * out_stride, _mm256_unpackhi_epi64(t[half + 1], t[half + 3]));
+  }
+}
+#endif
+
 // out[column, row] = x[row, column] of 32-bit elements, 16 rows and 16 columns of them.
 inline void transpose_16x16(const uint32_t* x, int64_t x_stride, uint32_t* out, int64_t out_stride) {
 #if defined(LEMUR_ISA_AVX512)
@@ -518,6 +542,12 @@ inline void transpose_16x16(const uint32_t* x, int64_t x_stride, uint32_t* out, 
     store_bits(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
     store_bits(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
     store_bits(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+#elif defined(LEMUR_ISA_AVX2)
+  for (int row = 0; row < 16; row += 8) {
+    for (int column = 0; column < 16; column += 8) {
+      transpose_8x8(x + row * x_stride + column, x_stride, out + column * out_stride + row, out_stride);
+    }
   }
 #else
   for (int row = 0; row < 16; ++row) {
