@@ -8,8 +8,9 @@
 //   dv_j = sum_i p_ij do_i,           dk_j = scale * sum_i ds_ij q_i,        dq_i = scale * sum_j ds_ij k_j
 //
 // Scores are held transposed, a key's row of queries, so that the statistics of a query live in a lane: largest and sum
-// are then plain vector arithmetic, with nothing to add across a register. Exponentials are taken in base 2. A task is a document's key head with all its query heads: its results are its own, so they have
-// the same bits whichever thread computes them.
+// are then plain vector arithmetic, with nothing to add across a register. Exponentials are taken in base 2. A task is
+// a document's key head with all its query heads: its results are its own, so they have the same bits whichever thread
+// computes them.
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -87,9 +88,7 @@ struct Bands {
   }
   // The first query that sees one of the keys from `row` on, and past the last key that one before `query` sees.
   int64_t first_query(int64_t row) const { return mask.diagonal ? most(0, mask.lowest + row) : 0; }
-  int64_t past_key(int64_t query) const {
-    return mask.diagonal ? least(keys, most(0, query - mask.lowest)) : keys;
-  }
+  int64_t past_key(int64_t query) const { return mask.diagonal ? least(keys, most(0, query - mask.lowest)) : keys; }
   // Calls body(row, rows, lane) for every band that has queries.
   template <typename Body>
   void each(Body&& body) const {
@@ -226,8 +225,8 @@ struct KeySums<Tiles> {
     if (first) clear(bands.lanes);  // bands have fewer lanes, the lower they lie
     const bfloat16* right = Tiles::as_b(w, bands.keys, memory);
     bands.each([&](int64_t row, int64_t many, int64_t lane) {
-      tiles.product(width, bands.lanes - lane, many, x + row, kBlock, right + row * kBlock + Tiles::column(lane), kBlock,
-                    out + lane, kBlock, true);
+      tiles.product(width, bands.lanes - lane, many, x + row, kBlock, right + row * kBlock + Tiles::column(lane),
+                    kBlock, out + lane, kBlock, true);
     });
   }
   void scale(int64_t lane, const float* factors) const {
@@ -257,7 +256,7 @@ template <typename Policy>
 void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const float* w, const typename Policy::Element* x,
                     int64_t width, typename Policy::Element* memory, float* out) {
   const auto* left = Policy::as_a(w, bands.keys, memory);
-  if constexpr (Policy::kStep >= Policy::kWidth) {
+  if constexpr (Policy::kStep >= Policy::kWidth) {  // a band has no finer part
     bands.each([&](int64_t row, int64_t many, int64_t lane) {
       policy.product(many, width, bands.lanes - lane, left + row * kBlock + lane, kBlock, x + lane * width, width,
                      out + row * width, width, true);
@@ -269,19 +268,6 @@ void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const floa
       if (query >= bands.lanes) return;
       policy.product(step, width, bands.lanes - query, left + row * kBlock + query, kBlock, x + query * width, width,
                      out + row * width, width, true);
-    }
-  }
-}
-
-// Asks for the cache lines of a head of a short document. They lie a token's heads apart, which hardware does not
-// foresee.
-template <typename T>
-void prefetch_head(const void* data, int64_t token_stride, int64_t head_stride, int64_t head, int64_t start,
-                   int64_t tokens, int64_t head_dim, bool to_write) {
-  const T* row = static_cast<const T*>(data) + start * token_stride + head * head_stride;
-  for (int64_t token = 0; token < tokens; ++token, row += token_stride) {
-    for (int64_t d = 0; d < head_dim; d += static_cast<int64_t>(64 / sizeof(T))) {
-      to_write ? __builtin_prefetch(row + d, 1, 2) : __builtin_prefetch(row + d, 0, 2);
     }
   }
 }
@@ -346,11 +332,7 @@ struct Forward {
     auto* converted = arena.packs(Policy::result_size(), 1);
     float* largest = arena.floats(kBlock);
     float* total = arena.floats(kBlock);
-    for (int64_t block = 0; block < key_blocks; ++block) {
-      Policy::pack_a(block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, keys[block]);
-      KeySums<Policy>::pack(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width,
-                            values[block]);
-    }
+    int64_t packed = 0;  // blocks of keys
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
@@ -364,6 +346,12 @@ struct Forward {
         }
         const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
         if (begin >= end) output.clear(lanes);
+        for (; packed < end; ++packed) {
+          const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
+          const auto v = block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
+          Policy::pack_a(k, width, keys[packed]);
+          KeySums<Policy>::pack(v, width, values[packed]);
+        }
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
@@ -378,17 +366,6 @@ struct Forward {
         }
         finish(doc.query_start + first, head, count, largest, total, output);
       }
-    }
-  }
-
-  void prefetch(const AttentionDocument& doc, int64_t kv_head) const {
-    const int64_t d = a.head_dim;
-    for (const Strided* x : {&a.k, &a.v}) {
-      prefetch_head<T>(x->data, x->token_stride, x->head_stride, kv_head, doc.key_start, doc.keys, d, false);
-    }
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      prefetch_head<T>(a.q.data, a.q.token_stride, a.q.head_stride, head, doc.query_start, doc.queries, d, false);
-      prefetch_head<T>(a.out, a.q_heads * d, d, head, doc.query_start, doc.queries, d, true);
     }
   }
 
@@ -413,65 +390,65 @@ struct Backward {
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
-    return blocks_of(longest) * ((6 + KeySums<Policy>::kOwnPack) * pack + 2 * kBlock * width + 2 * kBlock) +
-           kBlock * width + 2 * kBlock * kBlock + Policy::result_size();
+    return blocks_of(longest) * ((2 + KeySums<Policy>::kOwnPack) * pack + 2 * kBlock * width) + 4 * pack +
+           kBlock * width + 2 * kBlock + 2 * kBlock * kBlock + Policy::result_size();
   }
 
   void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
     Arena<Policy> arena{memory};
     const int64_t pack = round_up(Policy::pack_size(width), 16), block_size = kBlock * width;
-    const int64_t key_blocks = blocks_of(doc.keys), query_blocks = blocks_of(doc.queries);
+    const int64_t key_blocks = blocks_of(doc.keys);
     const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks);
     const Packs<Policy> keys_summed = KeySums<Policy>::kOwnPack ? Packs<Policy>(arena, pack, key_blocks) : keys;
-    const Packs<Policy> query(arena, pack, query_blocks), query_turned(arena, pack, query_blocks);
-    const Packs<Policy> dout(arena, pack, query_blocks), dout_turned(arena, pack, query_blocks);
+    auto *query = arena.packs(pack, 1), *query_turned = arena.packs(pack, 1);
+    auto *dout = arena.packs(pack, 1), *dout_turned = arena.packs(pack, 1);
     float* dk = arena.floats(key_blocks * block_size);
     float* dv = arena.floats(key_blocks * block_size);
     const KeySums<Policy> dq{arena.floats(block_size), width};
-    float* lse = arena.floats(query_blocks * kBlock);
-    float* delta = arena.floats(query_blocks * kBlock);
+    float* lse = arena.floats(kBlock);
+    float* delta = arena.floats(kBlock);
     float* p = arena.floats(kBlock * kBlock);
     float* ds = arena.floats(kBlock * kBlock);
     auto* converted = arena.packs(Policy::result_size(), 1);
 
-    for (int64_t block = 0; block < key_blocks; ++block) {
-      const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, block, a.head_dim);
-      Policy::pack_a(k, width, keys[block]);
-      if constexpr (KeySums<Policy>::kOwnPack) KeySums<Policy>::pack(k, width, keys_summed[block]);
-      Policy::pack_a(block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, block, a.head_dim), width, values[block]);
-    }
+    int64_t packed = 0;  // blocks of keys
     const auto written = static_cast<size_t>(round_up(doc.keys, Policy::kStep) * width);
     std::memset(dk, 0, sizeof(float) * written);
     std::memset(dv, 0, sizeof(float) * written);
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      for (int64_t block = 0; block < query_blocks; ++block) {
-        const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
-        const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
-        Policy::pack_both_b(q, width, query[block], query_turned[block]);
-        Policy::pack_both_b(grad, width, dout[block], dout_turned[block]);
-        statistics(doc, head, block, grad, lse + block * kBlock, delta + block * kBlock);
-      }
-      for (int64_t block = 0; block < query_blocks; ++block) {
+      for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
         const int64_t lanes = round_up(count, Policy::kWidth);
         const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
         if (begin >= end) dq.clear(lanes);
+        const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
+        const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
+        Policy::pack_both_b(q, width, query, query_turned);
+        Policy::pack_both_b(grad, width, dout, dout_turned);
+        statistics(doc, head, block, grad, lse, delta);
+        for (; packed < end; ++packed) {
+          const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
+          const auto v = block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
+          Policy::pack_a(k, width, keys[packed]);
+          if constexpr (KeySums<Policy>::kOwnPack) KeySums<Policy>::pack(k, width, keys_summed[packed]);
+          Policy::pack_a(v, width, values[packed]);
+        }
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
           const Bands<Policy> bands{mask, padded, lanes};
           bands.each([&](int64_t row, int64_t many, int64_t lane) {
             const int64_t left = row * width, right = Policy::column(lane), at = row * kBlock + lane;
-            policy.product(many, lanes - lane, width, keys[key_block] + left, width, query_turned[block] + right,
-                           kBlock, p + at, kBlock, false);
-            policy.product(many, lanes - lane, width, values[key_block] + left, width, dout_turned[block] + right,
-                           kBlock, ds + at, kBlock, false);
+            policy.product(many, lanes - lane, width, keys[key_block] + left, width, query_turned + right, kBlock,
+                           p + at, kBlock, false);
+            policy.product(many, lanes - lane, width, values[key_block] + left, width, dout_turned + right, kBlock,
+                           ds + at, kBlock, false);
           });
-          gradients_of_scores(bands, p, ds, rows, lse + first, delta + first);
+          gradients_of_scores(bands, p, ds, rows, lse, delta);
           const int64_t at = key_block * block_size;
-          add_query_sums(policy, bands, p, dout[block], width, converted, dv + at);
-          add_query_sums(policy, bands, ds, query[block], width, converted, dk + at);
+          add_query_sums(policy, bands, p, dout, width, converted, dv + at);
+          add_query_sums(policy, bands, ds, query, width, converted, dk + at);
           dq.add(policy, bands, ds, keys_summed[key_block], converted, key_block == begin);
         }
         T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
@@ -481,22 +458,6 @@ struct Backward {
     const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
     write_rows(dk, doc.keys, a.scale, static_cast<T*>(a.dk) + offset);
     write_rows(dv, doc.keys, 1.f, static_cast<T*>(a.dv) + offset);
-  }
-
-  void prefetch(const AttentionDocument& doc, int64_t kv_head) const {
-    const int64_t d = a.head_dim;
-    for (const Strided* x : {&a.k, &a.v}) {
-      prefetch_head<T>(x->data, x->token_stride, x->head_stride, kv_head, doc.key_start, doc.keys, d, false);
-    }
-    for (const void* x : {a.dk, a.dv}) {
-      prefetch_head<T>(x, a.kv_heads * d, d, kv_head, doc.key_start, doc.keys, d, true);
-    }
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      for (const Strided* x : {&a.q, &a.o, &a.dout}) {
-        prefetch_head<T>(x->data, x->token_stride, x->head_stride, head, doc.query_start, doc.queries, d, false);
-      }
-      prefetch_head<T>(a.dq, a.q_heads * d, d, head, doc.query_start, doc.queries, d, true);
-    }
   }
 
   // lse in base 2, +inf where a query sees nothing, so that its probabilities are 0; and delta.
@@ -562,7 +523,7 @@ void run_tasks(const Attention& a) {
     longest = most(longest, most(a.documents[i].queries, a.documents[i].keys));
   }
   // Documents come with the dearest first; a thread takes the next tasks when it is done with some: heads of a document
-  // as long as there are many tasks, so that the memory of the next one can be asked for.
+  // as long as there are many tasks, for their rows lie side by side.
   const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
   int64_t next = 0;
   parallel_for(least(max_threads(), tasks), 1, [&](int64_t, int64_t) {
@@ -570,14 +531,10 @@ void run_tasks(const Attention& a) {
     const Run run{a};
     const int64_t at_once = most(1, least(a.kv_heads, tasks / (32 * max_threads())));
     for (;;) {
-      const int64_t first = __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED), past = least(tasks, first + at_once);
+      const int64_t first = __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED);
       if (first >= tasks) return;
-      for (int64_t task = first; task < past; ++task) {
-        const AttentionDocument& doc = a.documents[task / a.kv_heads];
-        const int64_t head = task % a.kv_heads;
-        const bool is_short = most(doc.queries, doc.keys) <= kBlock;
-        if (is_short && task + 1 < past && head + 1 < a.kv_heads) run.prefetch(doc, head + 1);
-        run.task(doc, head, scratch.data());
+      for (int64_t i = first; i < least(tasks, first + at_once); ++i) {
+        run.task(a.documents[i / a.kv_heads], i % a.kv_heads, scratch.data());
       }
     }
   });
