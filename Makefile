@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: pretrain chat test test-all test-oldest lint bench bench-compare gpu-check gpu-static wheel
+.PHONY: pretrain chat test test-all test-oldest test-emulated lint bench bench-compare gpu-check gpu-static wheel
 
 pretrain: $(INSTALLED)
 	$(BIN)/python recipes/pretrain.py $(ARGS)
@@ -25,7 +25,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 	$(INTERPRETED) $(ARGS) || [ $$? -eq 5 ]
 
-test-all: lint test-oldest
+test-all: lint test-oldest test-emulated
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 	$(INTERPRETED) -m "not gpu" $(ARGS) || [ $$? -eq 5 ]
 
@@ -40,6 +40,15 @@ test-oldest: .venv-oldest/.installed
 	test -x $(OLDEST_BIN)/python || $(PYTHON) -m venv .venv-oldest
 	$(OLDEST_BIN)/python -m pip install $(OLDEST) --editable '.[recipes,dev]'
 	touch $@
+
+# The kernels for AVX-512 and AMX on any CPU with AVX2: a copy of the package that has both emulated, and its tests.
+EMULATED := build/emulated
+
+test-emulated: $(INSTALLED)
+	rm -rf $(EMULATED)
+	LEMUR_FAST_EMULATE=1 LEMUR_FAST_CUDA=0 $(BIN)/python -m pip install --no-deps --target $(EMULATED) .
+	cp -R tests benchmarks csrc pyproject.toml $(EMULATED)
+	cd $(EMULATED) && $(abspath $(BIN))/python -m pytest tests/csrc tests/ops -k "avx512 or amx" $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

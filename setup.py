@@ -6,6 +6,8 @@ What the environment may say:
   when there is an nvcc that can.
 - ``LEMUR_FAST_CUDA_ARCHS``: what to compile for, such as ``80;90`` or ``90a``; unset, every architecture we support
   that nvcc knows.
+- ``LEMUR_FAST_EMULATE``: ``1`` makes AVX-512 and AMX of AVX2, slowly, for tests on a CPU that lacks them (``make
+  test-emulated``).
 - ``CXX``, ``CUDACXX``, ``CUDAHOSTCXX``, ``CUDA_HOME``: where the compilers are, as usual.
 
 nvcc is looked at here and not by CMake, whose messages come with its own call stack.
@@ -126,6 +128,9 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("LEMUR_FAST_CUDA") or "auto"
         if cuda not in ("auto", "0", "1"):
             raise SystemExit(f"lemur_fast: LEMUR_FAST_CUDA is {cuda!r}; it takes 0, 1, or nothing")
+        emulate = os.environ.get("LEMUR_FAST_EMULATE") or "0"
+        if emulate not in ("0", "1"):
+            raise SystemExit(f"lemur_fast: LEMUR_FAST_EMULATE is {emulate!r}; it takes 0, 1, or nothing")
         if not has_cxx_compiler():
             if cuda == "1":
                 raise SystemExit("lemur_fast: LEMUR_FAST_CUDA=1, but there is no C++ compiler (set CXX)")
@@ -150,7 +155,7 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # Kept between builds, so that a changed file recompiles alone. One folder per interpreter.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-emulated' * int(emulate)}"
         # But what another compiler, checkout or build environment left there must not decide anything. (CMake's --fresh
         # would remove the objects too.)
         (build / "CMakeCache.txt").unlink(missing_ok=True)
@@ -168,6 +173,7 @@ class CMakeBuild(build_ext):
             f"-DLEMUR_FAST_NVCC={nvcc}",
             f"-DLEMUR_FAST_CUDA_ARCHS={';'.join(archs)}",
             f"-DLEMUR_FAST_CUDA_MISSING={missing}",
+            f"-DLEMUR_FAST_EMULATE={emulate}",
         ]
         for command in (configure, [cmake, "--build", str(build)]):
             if subprocess.run(command, check=False).returncode != 0:

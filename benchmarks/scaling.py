@@ -3,9 +3,10 @@
     python -m benchmarks.scaling                    # float32, small sizes, three minutes on a CPU
     python -m benchmarks.scaling --device cuda      # bfloat16, sizes 16 times as large
 
-Growth should be linear in tokens (for documents of one length), in documents, in the vocabulary and in the width. For
-each curve the exponent of the power law through its points is printed, 1 where it is linear; a call's fixed cost pulls
-it below 1, so that of the last step stands beside it. Each point is a forward and a backward, timed in turns with the
+Growth should be linear in tokens (for documents of one length), in documents, in the vocabulary and in the width, and
+attention's in the sum of squares of the lengths (of as many tokens: short documents and one that grows). For each curve
+the exponent of the power law through its points is printed, 1 where it is linear; a call's fixed cost pulls it below 1,
+so that of the last step stands beside it. Each point is a forward and a backward, timed in turns with the
 plain torch that `benchmarks.peers` calls eager, and with a copy of the bytes that must be moved, whose share is told,
 or that of a large matrix product's rate; the memory is what a call holds at its peak beside its inputs. The packer's
 plan is on the host, and has a curve of its own where the device is the CPU. Each rival is checked against float64 at
@@ -14,6 +15,7 @@ its smallest size.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +113,14 @@ def _with_rows(make: Callable[..., ops.Case], *sizes: Any) -> Callable[[int], op
     return case
 
 
+def documents_of(tokens: int, squares: int) -> list[int]:
+    """Lengths of so many tokens whose squares add up to about `squares`: documents of 64 and one that is longer."""
+    longest = 32 + math.isqrt(max(0, 32**2 + squares - 64 * tokens))  # n^2 + 64 (tokens - n) = squares
+    longest = min(longest, tokens)
+    rest = tokens - longest
+    return [length for length in [longest, *[64] * (rest // 64), rest % 64] if length]
+
+
 # (op, axis, smallest size on a CPU, the point of a size)
 CURVES: list[tuple[str, str, int, Callable]] = [
     ("rms_norm", "tokens", 256, of_op(_with_rows(ops.rms_norm, 1024, False))),
@@ -120,6 +130,7 @@ CURVES: list[tuple[str, str, int, Callable]] = [
     ("linear_cross_entropy", "tokens", 64, of_op(lambda rows: ops.linear_cross_entropy(rows, 256, 32000))),
     ("attention, one document", "tokens", 128, of_attention(lambda tokens: [tokens])),
     ("attention, documents of 128", "documents", 2, of_attention(lambda number: [128] * number)),
+    ("attention, 8192 tokens", "sum of squares", 2**20, of_attention(lambda squares: documents_of(8192, squares))),
     ("attention, documents of 8", "documents", 16, of_attention(lambda number: [8] * number)),
     ("cross_entropy", "vocabulary", 8000, of_op(lambda vocab: ops.cross_entropy(128, vocab))),
     ("linear_cross_entropy", "vocabulary", 8000, of_op(lambda vocab: ops.linear_cross_entropy(128, 256, vocab))),
@@ -127,7 +138,7 @@ CURVES: list[tuple[str, str, int, Callable]] = [
     ("swiglu", "width", 512, of_op(lambda width: _with_rows(ops.swiglu, width)(512))),
     ("linear_cross_entropy", "width", 128, of_op(lambda width: ops.linear_cross_entropy(128, width, 8000))),
 ]
-GROWS_ON_GPU = {"tokens": 16, "documents": 16, "vocabulary": 1, "width": 4}
+GROWS_ON_GPU = {"tokens": 16, "documents": 16, "sum of squares": 1, "vocabulary": 1, "width": 4}
 """How many times as large the sizes are there."""
 
 
