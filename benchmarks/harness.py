@@ -283,8 +283,8 @@ def copy_rate(nbytes: int, device: torch.device) -> float:
 def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a large square matrix product: the best of ten, on random data.
 
-    On a CPU in float32 where that is faster: what is computed in float32 would be above the peak of 16 bits, whose
-    product takes a hundred times as long on a CPU with AVX2 alone.
+    On a CPU in float32 where a small product says that this is faster: what is computed in float32 would be above the
+    peak of 16 bits, whose large product may take minutes.
     """
 
     def rate(multiplied: torch.dtype, size: int, rounds: int) -> float:

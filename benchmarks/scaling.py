@@ -113,10 +113,13 @@ def _with_rows(make: Callable[..., ops.Case], *sizes: Any) -> Callable[[int], op
     return case
 
 
-def documents_of(tokens: int, squares: int) -> list[int]:
-    """Lengths of so many tokens whose squares add up to about `squares`: documents of 64 and one that is longer."""
-    longest = 32 + math.isqrt(max(0, 32**2 + squares - 64 * tokens))  # n^2 + 64 (tokens - n) = squares
-    longest = min(longest, tokens)
+def documents_of(squares: int) -> list[int]:
+    """Lengths of 8,192 tokens whose squares add up to about `squares`: documents of 64 and one that is longer.
+
+    Fewer tokens where documents of 64 would have more than half of the squares, more where one document has too few.
+    """
+    tokens = max(min(8192, squares // 128), math.isqrt(squares))
+    longest = min(32 + math.isqrt(32**2 + squares - 64 * tokens), tokens)  # n^2 + 64 (tokens - n) = squares
     rest = tokens - longest
     return [length for length in [longest, *[64] * (rest // 64), rest % 64] if length]
 
@@ -130,7 +133,7 @@ CURVES: list[tuple[str, str, int, Callable]] = [
     ("linear_cross_entropy", "tokens", 64, of_op(lambda rows: ops.linear_cross_entropy(rows, 256, 32000))),
     ("attention, one document", "tokens", 128, of_attention(lambda tokens: [tokens])),
     ("attention, documents of 128", "documents", 2, of_attention(lambda number: [128] * number)),
-    ("attention, 8192 tokens", "sum of squares", 2**20, of_attention(lambda squares: documents_of(8192, squares))),
+    ("attention, 8192 tokens", "sum of squares", 2**20, of_attention(documents_of)),
     ("attention, documents of 8", "documents", 16, of_attention(lambda number: [8] * number)),
     ("cross_entropy", "vocabulary", 8000, of_op(lambda vocab: ops.cross_entropy(128, vocab))),
     ("linear_cross_entropy", "vocabulary", 8000, of_op(lambda vocab: ops.linear_cross_entropy(128, 256, vocab))),

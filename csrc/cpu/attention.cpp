@@ -174,7 +174,7 @@ void write_row(const float* x, int64_t head_dim, float factor, T* out) {
 // ---- sums over keys and over queries ----
 
 // out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock]. The sums of Fma lie row
-// by row, and where the diagonal passes each query has just the keys that it sees.
+// by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
 template <typename Policy>
 struct KeySums {
   static constexpr bool kOwnPack = false;
@@ -332,8 +332,8 @@ struct Forward {
     auto* converted = arena.packs(Policy::result_size(), 1);
     float* largest = arena.floats(kBlock);
     float* total = arena.floats(kBlock);
-    int64_t packed = 0;  // blocks of keys
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
+    int64_t packed = visible.first_key_block(0);  // past the last block of keys that is packed
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);

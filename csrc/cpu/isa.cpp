@@ -50,7 +50,9 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 
 #ifdef LEMUR_FAST_EMULATE  // made of AVX2, for tests
 bool has_avx512() { return has_avx2(); }
+#ifdef LEMUR_FAST_AMX
 bool has_amx() { return has_avx2(); }
+#endif
 #else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,13 +1,13 @@
 // Products of small matrices in scratch memory, for attention: c[m, n] = a[m, k] b[k, n], or c += a b.
 //
-// Two policies with one interface, so that a kernel is written once:
+// Two policies, so that a kernel is written once, but for its sums over keys (KeySums):
 //
 //   Fma     float operands, on any instruction set
 //   Tiles   bfloat16 operands on AMX tiles, float results
 //
 // c is float, row by row. a is row by row. b is row by row for Fma; for Tiles two rows lie side by side, element by
 // element ("paired"), as the tile product wants them. Operands are blocks of kBlock tokens by the head dimension,
-// padded with zeros. n, and every head dimension, must be a multiple of kWidth; m and k of kStep.
+// padded with zeros. n, and every head dimension, must be a multiple of kWidth; m of kStep; and for Tiles k, too.
 #pragma once
 
 #include "cpu/vec.h"
@@ -39,7 +39,8 @@ struct Fma {
   // From the start of a row of a b to its column n.
   static int64_t column(int64_t n) { return n; }
 
-  // As an a, or a b: [kBlock, width], of which the rows are written that x has, and zeros up to a multiple of 16.
+  // As an a, or a b: [kBlock, width], of which the rows are written that x has, and rows of zeros up to a multiple
+  // of 16.
   template <typename T>
   static void pack_a(const Rows<T>& x, int64_t width, float* out) {
     const int64_t written = x.width < width ? 0 : x.count;
@@ -59,7 +60,7 @@ struct Fma {
     turn(rows, padded_rows(x), width, out);
   }
 
-  // Both, from one reading of x.
+  // Both, from one reading of x where the width is a multiple of 16.
   template <typename T>
   static void pack_both_b(const Rows<T>& x, int64_t width, float* out, float* transposed) {
     if (width % 16) {

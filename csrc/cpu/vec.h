@@ -495,7 +495,7 @@ inline void store_one(T* p, float value) {
 
 #if defined(LEMUR_ISA_AVX2)
 inline void transpose_8x8(const uint32_t* x, int64_t x_stride, uint32_t* out, int64_t out_stride) {
-  // Register i: the first halves of the rows i and i + 4, and then their second halves.
+  // Register i has the first halves of the rows i and i + 4, and register i + 4 their second halves.
   Bits r[8], t[8];
   for (int i = 0; i < 4; ++i) {
     for (int half = 0; half < 2; ++half) {

@@ -46,6 +46,10 @@ template <typename Register>
 inline void store(void* p, const Register& r) {
   std::memcpy(p, &r, sizeof r);
 }
+inline void stream(void* p, const Ints& r) {
+  if (reinterpret_cast<uintptr_t>(p) % 64) std::abort();  // a fault, on such an address
+  store(p, r);
+}
 template <typename F>
 inline Floats floats(F&& f) {
   Floats r;
@@ -227,7 +231,8 @@ inline void tile_store(int tile, void* p, int64_t stride) {
     std::memcpy(static_cast<char*>(p) + row * stride, tiles.rows[tile][row], static_cast<size_t>(bytes_of(tile)));
   }
 }
-// c[m, n] += a[m, 2k] b[k, 2n] + a[m, 2k + 1] b[k, 2n + 1], of bfloat16, whose subnormals count as zero.
+// c[m, n] += a[m, 2k] b[k, 2n] + a[m, 2k + 1] b[k, 2n + 1], of bfloat16, whose subnormals count as zero. The
+// instruction adds even and odd products apart, so its last bits are others.
 inline void tile_dpbf16(int c, int a, int b) {
   const auto value = [](const uint8_t* p) {
     uint16_t bits;
@@ -278,7 +283,7 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_setr_epi32 emulated::setr
 #define _mm512_loadu_si512(p) emulated::load<emulated::Ints>(p)
 #define _mm512_storeu_si512(p, v) emulated::store(p, v)
-#define _mm512_stream_si512(p, v) emulated::store(p, v)
+#define _mm512_stream_si512(p, v) emulated::stream(p, v)
 #define _mm512_add_epi32 emulated::add
 #define _mm512_mask_add_epi32 emulated::mask_add
 #define _mm512_and_si512 emulated::bit_and
@@ -294,7 +299,7 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_unpacklo_epi64 emulated::unpack<false, 2>
 #define _mm512_unpackhi_epi64 emulated::unpack<true, 2>
 #define _mm512_shuffle_i32x4 emulated::shuffle_quarters
-#define _tile_loadconfig(p) std::memcpy(emulated::tiles.config, p, 64)
+#define _tile_loadconfig(p) (emulated::tiles = {}, std::memcpy(emulated::tiles.config, p, 64))
 #define _tile_release() std::memset(emulated::tiles.config, 0, 64)
 #define _tile_loadd emulated::tile_load
 #define _tile_stored emulated::tile_store
