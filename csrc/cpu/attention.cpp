@@ -75,7 +75,8 @@ struct Bands {
   static constexpr int64_t kRows = most(Policy::kWidth, Policy::kStep);
   const BlockMask& mask;
   int64_t keys;  // with their padding
-  int64_t lanes;
+  int64_t queries;
+  int64_t lanes;  // the queries with their padding
 
   int64_t first_lane(int64_t row) const {
     return mask.diagonal ? most(0, mask.lowest + row / kRows * kRows) / Policy::kWidth * Policy::kWidth : 0;
@@ -164,13 +165,6 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
           least(kBlock, length - first), head_dim};
 }
 
-// Writes x [head_dim] times `factor`.
-template <typename T>
-void write_row(const float* x, int64_t head_dim, float factor, T* out) {
-  const Vec by = broadcast(factor);
-  for_lanes(head_dim, [&](int64_t d, auto lanes) { store(out + d, mul(load(x + d, lanes), by), lanes); });
-}
-
 // ---- sums over keys and over queries ----
 
 // out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock]. The sums of Fma lie row
@@ -188,14 +182,15 @@ struct KeySums {
   void clear(int64_t lanes) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(lanes * width)); }
   // Adds those of a block of keys, or with `first` sets them.
   void add(const Policy&, const Bands<Policy>& bands, const float* w, const float* x, float*, bool first) const {
-    const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.lanes;
-    for (int64_t query = 0; query < bands.lanes; query += step) {
+    const int64_t past = round_up(bands.queries, Policy::kStep), step = bands.mask.diagonal ? Policy::kStep : past;
+    for (int64_t query = 0; query < past; query += step) {
       Policy::template product<true>(step, width, bands.past_key(query + step), w + query, kBlock, x, width,
                                      out + query * width, width, !first);
     }
   }
-  void scale(int64_t lane, const float* factors) const {
-    for (int64_t i = 0; i < kRegLanes; ++i) {
+  // Queries `lane` to `lane + count`, each by its factor.
+  void scale(int64_t lane, int64_t count, const float* factors) const {
+    for (int64_t i = 0; i < count; ++i) {
       const Reg by = broadcast_reg(factors[i]);
       float* row = out + (lane + i) * width;
       for (int64_t d = 0; d < width; d += kRegLanes) store_reg(row + d, mul(load_reg(row + d), by));
@@ -204,7 +199,7 @@ struct KeySums {
   // Row i times factor(i) to `count` rows of `head_dim` elements, `stride` apart.
   template <typename T, typename Factor>
   void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride) const {
-    for (int64_t i = 0; i < count; ++i) write_row(out + i * width, head_dim, factor(i), to + i * stride);
+    for (int64_t i = 0; i < count; ++i) Policy::write_row(out + i * width, head_dim, factor(i), to + i * stride);
   }
 };
 
@@ -229,7 +224,7 @@ struct KeySums<Tiles> {
                     kBlock, out + lane, kBlock, true);
     });
   }
-  void scale(int64_t lane, const float* factors) const {
+  void scale(int64_t lane, int64_t, const float* factors) const {
     const Reg by = load_reg(factors);
     for (int64_t d = 0; d < width; ++d) {
       float* o = out + d * kBlock + lane;
@@ -244,31 +239,25 @@ struct KeySums<Tiles> {
         transpose_16x16(out + d * kBlock + first, kBlock, rows + d, kMaxWidth);
       }
       for (int64_t i = first; i < least(first + 16, count); ++i) {
-        write_row(rows + (i - first) * kMaxWidth, head_dim, factor(i), to + i * stride);
+        Tiles::write_row(rows + (i - first) * kMaxWidth, head_dim, factor(i), to + i * stride);
       }
     }
   }
 };
 #endif
 
-// out_j += sum_i w_ij x_i for the keys j of a block.
+// out_j += sum_i w_ij x_i for the keys j of a block, or with `first` out_j = it.
 template <typename Policy>
 void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const float* w, const typename Policy::Element* x,
-                    int64_t width, typename Policy::Element* memory, float* out) {
+                    int64_t width, typename Policy::Element* memory, float* out, bool first) {
   const auto* left = Policy::as_a(w, bands.keys, memory);
-  if constexpr (Policy::kStep >= Policy::kWidth) {  // a band has no finer part
-    bands.each([&](int64_t row, int64_t many, int64_t lane) {
-      policy.product(many, width, bands.lanes - lane, left + row * kBlock + lane, kBlock, x + lane * width, width,
-                     out + row * width, width, true);
-    });
-  } else {
-    const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
-    for (int64_t row = 0; row < bands.keys; row += step) {
-      const int64_t query = bands.first_query(row);
-      if (query >= bands.lanes) return;
-      policy.product(step, width, bands.lanes - query, left + row * kBlock + query, kBlock, x + query * width, width,
-                     out + row * width, width, true);
-    }
+  const int64_t past = round_up(bands.queries, Policy::kDepth);
+  const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
+  for (int64_t row = 0; row < bands.keys; row += step) {
+    const int64_t query = least(past, bands.first_query(row) / Policy::kDepth * Policy::kDepth);
+    if (query == past && !first) return;
+    policy.product(step, width, past - query, left + row * kBlock + query, kBlock, x + query * width, width,
+                   out + row * width, width, !first);
   }
 }
 
@@ -307,7 +296,7 @@ void softmax_block(const Scores<kSoftcap>& score, const Bands<Policy>& bands, fl
     if (first) continue;
     float factors[kRegLanes];
     store_reg(factors, shrink);
-    output.scale(lane, factors);
+    output.scale(lane, least(kRegLanes, bands.queries - lane), factors);
   }
 }
 
@@ -355,7 +344,7 @@ struct Forward {
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
-          const Bands<Policy> bands{mask, padded, lanes};
+          const Bands<Policy> bands{mask, padded, count, lanes};
           bands.each([&](int64_t row, int64_t many, int64_t lane) {
             policy.product(many, lanes - lane, width, keys[key_block] + row * width, width,
                            query[0] + Policy::column(lane), kBlock, s + row * kBlock + lane, kBlock, false);
@@ -411,11 +400,9 @@ struct Backward {
     float* ds = arena.floats(kBlock * kBlock);
     auto* converted = arena.packs(Policy::result_size(), 1);
 
-    int64_t packed = 0;  // blocks of keys
-    const auto written = static_cast<size_t>(round_up(doc.keys, Policy::kStep) * width);
-    std::memset(dk, 0, sizeof(float) * written);
-    std::memset(dv, 0, sizeof(float) * written);
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
+    int64_t packed = visible.first_key_block(0);  // past the last block of keys that is packed
+    const int64_t first_seen = packed;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
@@ -427,6 +414,7 @@ struct Backward {
         Policy::pack_both_b(q, width, query, query_turned);
         Policy::pack_both_b(grad, width, dout, dout_turned);
         statistics(doc, head, block, grad, lse, delta);
+        const int64_t seen = packed;
         for (; packed < end; ++packed) {
           const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
           const auto v = block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
@@ -437,7 +425,7 @@ struct Backward {
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
-          const Bands<Policy> bands{mask, padded, lanes};
+          const Bands<Policy> bands{mask, padded, count, lanes};
           bands.each([&](int64_t row, int64_t many, int64_t lane) {
             const int64_t left = row * width, right = Policy::column(lane), at = row * kBlock + lane;
             policy.product(many, lanes - lane, width, keys[key_block] + left, width, query_turned + right, kBlock,
@@ -447,13 +435,18 @@ struct Backward {
           });
           gradients_of_scores(bands, p, ds, rows, lse, delta);
           const int64_t at = key_block * block_size;
-          add_query_sums(policy, bands, p, dout, width, converted, dv + at);
-          add_query_sums(policy, bands, ds, query, width, converted, dk + at);
+          add_query_sums(policy, bands, p, dout, width, converted, dv + at, key_block >= seen);
+          add_query_sums(policy, bands, ds, query, width, converted, dk + at, key_block >= seen);
           dq.add(policy, bands, ds, keys_summed[key_block], converted, key_block == begin);
         }
         T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
         dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim);
       }
+    }
+    for (float* sums : {dk, dv}) {
+      std::memset(sums, 0, sizeof(float) * static_cast<size_t>(first_seen * block_size));
+      const int64_t rest = most(0, key_blocks - packed);
+      std::memset(sums + packed * block_size, 0, sizeof(float) * static_cast<size_t>(rest * block_size));
     }
     const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
     write_rows(dk, doc.keys, a.scale, static_cast<T*>(a.dk) + offset);
@@ -509,7 +502,7 @@ struct Backward {
 
   void write_rows(const float* x, int64_t count, float factor, T* out) const {
     for (int64_t row = 0; row < count; ++row, x += width, out += a.kv_heads * a.head_dim) {
-      write_row(x, a.head_dim, factor, out);
+      Policy::write_row(x, a.head_dim, factor, out);
     }
   }
 };

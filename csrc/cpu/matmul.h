@@ -7,7 +7,7 @@
 //
 // c is float, row by row. a is row by row. b is row by row for Fma; for Tiles two rows lie side by side, element by
 // element ("paired"), as the tile product wants them. Operands are blocks of kBlock tokens by the head dimension,
-// padded with zeros. n, and every head dimension, must be a multiple of kWidth; m of kStep; and for Tiles k, too.
+// padded with zeros. n, and every head dimension, must be a multiple of kWidth; m of kStep; k of kDepth.
 #pragma once
 
 #include "cpu/vec.h"
@@ -32,6 +32,7 @@ struct Fma {
   using Element = float;
   static constexpr int64_t kWidth = kRegLanes;
   static constexpr int64_t kStep = 4;
+  static constexpr int64_t kDepth = 1;
 
   // Floats of scratch memory that a pack of one block takes.
   static int64_t pack_size(int64_t width) { return kBlock * width; }
@@ -48,8 +49,15 @@ struct Fma {
     for (int64_t row = 0; row < x.count; ++row) {
       const T* from = x.data + row * x.stride;
       float* to = out + row * width;
-      for_lanes(x.width, [&](int64_t i, auto lanes) { store(to + i, load(from + i, lanes), lanes); });
+      for_lanes(x.width, [&](int64_t i, auto lanes) { pack(from + i, to + i, lanes); });
     }
+  }
+
+  // Writes x, `width` elements in the order of a pack's row, times `factor`.
+  template <typename T>
+  static void write_row(const float* x, int64_t width, float factor, T* out) {
+    const Vec by = broadcast(factor);
+    for_lanes(width, [&](int64_t i, auto lanes) { unpack(x + i, by, out + i, lanes); });
   }
 
   // The transpose, as a b: [width, kBlock], as many columns as a pack has rows.
@@ -102,6 +110,24 @@ struct Fma {
 #else
   static constexpr int kPanel = 2, kSums = 8;
 #endif
+
+  // Whole vectors lie in the order that is cheapest for T, the same in all packs, so that products of them are right.
+  template <typename T>
+  static void pack(const T* from, float* to, Full) {
+    store_scratch(to, load_unordered(from));
+  }
+  template <typename T>
+  static void pack(const T* from, float* to, Tail tail) {
+    store(to, load(from, tail), tail);
+  }
+  template <typename T>
+  static void unpack(const float* from, Vec factor, T* to, Full) {
+    store_unordered(to, mul(load_scratch(from), factor));
+  }
+  template <typename T>
+  static void unpack(const float* from, Vec factor, T* to, Tail tail) {
+    store(to, mul(load(from, tail), factor), tail);
+  }
 
   template <typename T>
   static int64_t padded_rows(const Rows<T>& x) {
@@ -171,6 +197,7 @@ struct Tiles {
   using Element = bfloat16;
   static constexpr int64_t kWidth = 32;
   static constexpr int64_t kStep = 32;
+  static constexpr int64_t kDepth = 32;
 
   Tiles() {
     alignas(64) uint8_t config[64] = {1};  // palette 1; then the bytes of a row, and the rows, of each tile
@@ -228,6 +255,12 @@ struct Tiles {
   static void pack_both_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
     pack_b(x, width, out);
     pack_transposed_b(x, width, transposed);
+  }
+
+  // Writes x [width] times `factor`.
+  static void write_row(const float* x, int64_t width, float factor, bfloat16* out) {
+    const Vec by = broadcast(factor);
+    for_lanes(width, [&](int64_t i, auto lanes) { store(out + i, mul(load(x + i, lanes), by), lanes); });
   }
 
   // [rows, kBlock] floats as [rows, kBlock] bfloat16.

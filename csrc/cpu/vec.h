@@ -4,6 +4,7 @@
 //   load(p, lanes)                       from float, bfloat16 or float16 memory, no alignment needed
 //   store(p, v, lanes)                   to them, rounded to nearest even
 //   load_scratch, store_scratch          memory of the kernel's own: the cheapest order of elements
+//   load_unordered, store_unordered      the order of elements that is cheapest for their type
 //   round_to<T>(v)                       what a store to T and a load back would give, for a v computed from Ts
 //   prefetch(p)                          asks for the cache lines of a vector at p
 //   broadcast, add, sub, mul, fma, maximum, minimum, exp, tanh, sigmoid, select(less(a, b), x, y), sum, largest, first
@@ -469,6 +470,18 @@ inline void store_scratch(float* p, Vec v) {
   store_reg(p, v.even);
   store_reg(p + kRegLanes, v.odd);
 }
+
+template <typename T>
+inline Vec load_unordered(const T* p) {
+  return {load_reg(p), load_reg(p + kRegLanes)};
+}
+inline Vec load_unordered(const bfloat16* p) { return load(p, Full{}); }
+template <typename T>
+inline void store_unordered(T* p, Vec v) {
+  store_reg(p, v.even);
+  store_reg(p + kRegLanes, v.odd);
+}
+inline void store_unordered(bfloat16* p, Vec v) { store(p, v, Full{}); }
 
 // Floats of scratch memory that hold n elements: whole vectors.
 inline int64_t scratch_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
