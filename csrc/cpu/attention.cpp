@@ -198,8 +198,9 @@ struct KeySums {
   }
   // Row i times factor(i) to `count` rows of `head_dim` elements, `stride` apart.
   template <typename T, typename Factor>
-  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride) const {
-    for (int64_t i = 0; i < count; ++i) Policy::write_row(out + i * width, head_dim, factor(i), to + i * stride);
+  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride, bool streamed) const {
+    for (int64_t i = 0; i < count; ++i)
+      Policy::write_row(out + i * width, head_dim, factor(i), to + i * stride, streamed);
   }
 };
 
@@ -232,14 +233,14 @@ struct KeySums<Tiles> {
     }
   }
   template <typename T, typename Factor>
-  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride) const {
+  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride, bool streamed) const {
     alignas(64) float rows[16 * kMaxWidth];
     for (int64_t first = 0; first < count; first += 16) {
       for (int64_t d = 0; d < width; d += 16) {
         transpose_16x16(out + d * kBlock + first, kBlock, rows + d, kMaxWidth);
       }
       for (int64_t i = first; i < least(first + 16, count); ++i) {
-        Tiles::write_row(rows + (i - first) * kMaxWidth, head_dim, factor(i), to + i * stride);
+        Tiles::write_row(rows + (i - first) * kMaxWidth, head_dim, factor(i), to + i * stride, streamed);
       }
     }
   }
@@ -306,6 +307,7 @@ struct Forward {
   const Policy policy{};
   const Scores<kSoftcap> score{a};
   const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
+  const bool streamed = can_stream(static_cast<const T*>(a.out), a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
@@ -364,7 +366,7 @@ struct Forward {
     for (int64_t i = 0; i < count; ++i) lse[i] = total[i] == 0.f ? -INFINITY : largest[i] * kLn2 + logf(total[i]);
     T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.head_dim;
     const auto inverse = [&](int64_t i) { return total[i] == 0.f ? 0.f : 1.f / total[i]; };
-    output.write(count, a.head_dim, inverse, out, a.q_heads * a.head_dim);
+    output.write(count, a.head_dim, inverse, out, a.q_heads * a.head_dim, streamed);
   }
 };
 
@@ -376,6 +378,9 @@ struct Backward {
   const Policy policy{};
   const Scores<kSoftcap> score{a};
   const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
+  const bool streamed = can_stream(static_cast<const T*>(a.dq), a.head_dim) &&
+                        can_stream(static_cast<const T*>(a.dk), a.head_dim) &&
+                        can_stream(static_cast<const T*>(a.dv), a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
@@ -440,7 +445,7 @@ struct Backward {
           dq.add(policy, bands, ds, keys_summed[key_block], converted, key_block == begin);
         }
         T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
-        dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim);
+        dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim, streamed);
       }
     }
     for (float* sums : {dk, dv}) {
@@ -502,7 +507,7 @@ struct Backward {
 
   void write_rows(const float* x, int64_t count, float factor, T* out) const {
     for (int64_t row = 0; row < count; ++row, x += width, out += a.kv_heads * a.head_dim) {
-      Policy::write_row(x, a.head_dim, factor, out);
+      Policy::write_row(x, a.head_dim, factor, out, streamed);
     }
   }
 };
@@ -525,7 +530,7 @@ void run_tasks(const Attention& a) {
     const int64_t at_once = most(1, least(a.kv_heads, tasks / (32 * max_threads())));
     for (;;) {
       const int64_t first = __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED);
-      if (first >= tasks) return;
+      if (first >= tasks) return finish_streams();
       for (int64_t i = first; i < least(tasks, first + at_once); ++i) {
         run.task(a.documents[i / a.kv_heads], i % a.kv_heads, scratch.data());
       }

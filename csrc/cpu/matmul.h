@@ -14,7 +14,7 @@
 
 namespace lemur::cpu::LEMUR_ISA {
 
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 96;
 constexpr int64_t kMaxWidth = 256;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -53,11 +53,11 @@ struct Fma {
     }
   }
 
-  // Writes x, `width` elements in the order of a pack's row, times `factor`.
+  // Writes x, `width` elements in the order of a pack's row, times `factor`; `streamed` as for_lanes has it.
   template <typename T>
-  static void write_row(const float* x, int64_t width, float factor, T* out) {
+  static void write_row(const float* x, int64_t width, float factor, T* out, bool streamed) {
     const Vec by = broadcast(factor);
-    for_lanes(width, [&](int64_t i, auto lanes) { unpack(x + i, by, out + i, lanes); });
+    for_lanes(width, streamed, [&](int64_t i, auto lanes) { unpack(x + i, by, out + i, lanes); });
   }
 
   // The transpose, as a b: [width, kBlock], as many columns as a pack has rows.
@@ -123,6 +123,10 @@ struct Fma {
   template <typename T>
   static void unpack(const float* from, Vec factor, T* to, Full) {
     store_unordered(to, mul(load_scratch(from), factor));
+  }
+  template <typename T>
+  static void unpack(const float* from, Vec factor, T* to, Streamed) {
+    stream_unordered(to, mul(load_scratch(from), factor));
   }
   template <typename T>
   static void unpack(const float* from, Vec factor, T* to, Tail tail) {
@@ -257,10 +261,10 @@ struct Tiles {
     pack_transposed_b(x, width, transposed);
   }
 
-  // Writes x [width] times `factor`.
-  static void write_row(const float* x, int64_t width, float factor, bfloat16* out) {
+  // Writes x [width] times `factor`; `streamed` as for_lanes has it.
+  static void write_row(const float* x, int64_t width, float factor, bfloat16* out, bool streamed) {
     const Vec by = broadcast(factor);
-    for_lanes(width, [&](int64_t i, auto lanes) { store(out + i, mul(load(x + i, lanes), by), lanes); });
+    for_lanes(width, streamed, [&](int64_t i, auto lanes) { store(out + i, mul(load(x + i, lanes), by), lanes); });
   }
 
   // [rows, kBlock] floats as [rows, kBlock] bfloat16.

@@ -40,7 +40,9 @@ struct Streamed : Full {};
 
 // Bytes written by one call from which on stores go past the caches: what is written then is not found there again
 // anyway, and a line that is not cached need not be read before it is written. It gains where there is little
-// arithmetic (RMSNorm, rotary), and not where there is more (SwiGLU, cross-entropy: up to 1.7 times slower).
+// arithmetic (RMSNorm, rotary), and not where there is more (SwiGLU, cross-entropy: up to 1.7 times slower). Attention
+// streams whatever it writes: a head's rows lie far apart, and each waits for its lines (a third of the time in
+// float32).
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 // ---- registers: all that an instruction set has to bring ----
@@ -442,13 +444,17 @@ inline void store(T* p, Vec v, Full) {
 }
 inline void store(bfloat16* p, Vec v, Full) { store_bits(p, join_upper(round_upper(v.even), round_upper(v.odd))); }
 inline void store(bfloat16* p, Vec v, Streamed) { stream_bits(p, join_upper(round_upper(v.even), round_upper(v.odd))); }
-// By way of a buffer in the first cache, whose lines go out whole.
+// From a buffer in the first cache, so that lines go out whole.
+template <typename T>
+inline void stream_lines(T* p, const T* memory) {
+  constexpr int64_t kStep = sizeof(Bits) / sizeof(T);
+  for (int64_t i = 0; i < kLanes; i += kStep) stream_bits(p + i, load_bits(memory + i));
+}
 template <typename T>
 inline void store(T* p, Vec v, Streamed) {
   alignas(64) T memory[kLanes];
   store(static_cast<T*>(memory), v, Full{});
-  constexpr int64_t kStep = sizeof(Bits) / sizeof(T);
-  for (int64_t i = 0; i < kLanes; i += kStep) stream_bits(p + i, load_bits(memory + i));
+  stream_lines(p, memory);
 }
 
 // Tails go through a buffer, once a row.
@@ -482,6 +488,13 @@ inline void store_unordered(T* p, Vec v) {
   store_reg(p + kRegLanes, v.odd);
 }
 inline void store_unordered(bfloat16* p, Vec v) { store(p, v, Full{}); }
+template <typename T>
+inline void stream_unordered(T* p, Vec v) {
+  alignas(64) T memory[kLanes];
+  store_unordered(static_cast<T*>(memory), v);
+  stream_lines(p, memory);
+}
+inline void stream_unordered(bfloat16* p, Vec v) { store(p, v, Streamed{}); }
 
 // Floats of scratch memory that hold n elements: whole vectors.
 inline int64_t scratch_size(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -605,11 +618,15 @@ inline void for_lanes(int64_t n, Body&& body) {
   if (i < n) body(i, Tail{static_cast<int>(n - i)});
 }
 
-// Whether an output, `rows` runs of `cols` elements, is large enough to stream and lies as that needs.
+// Whether an output, runs of `cols` elements, lies as streaming needs.
+template <typename T>
+inline bool can_stream(const T* output, int64_t cols) {
+  return reinterpret_cast<uintptr_t>(output) % 64 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+}
+// And whether it, of `rows` runs, is large enough.
 template <typename T>
 inline bool can_stream(const T* output, int64_t rows, int64_t cols) {
-  const int64_t run = cols * static_cast<int64_t>(sizeof(T));
-  return rows * run >= kStreamedBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0 && run % 64 == 0;
+  return rows * cols * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && can_stream(output, cols);
 }
 
 // for_lanes with Streamed in place of Full, where `streamed` says so. finish_streams must follow on the same thread.
