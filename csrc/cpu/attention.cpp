@@ -199,8 +199,9 @@ struct KeySums {
   // Row i times factor(i) to `count` rows of `head_dim` elements, `stride` apart.
   template <typename T, typename Factor>
   void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride, bool streamed) const {
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
       Policy::write_row(out + i * width, head_dim, factor(i), to + i * stride, streamed);
+    }
   }
 };
 

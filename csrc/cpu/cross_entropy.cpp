@@ -35,11 +35,13 @@ struct Logits {
   float one(const T* p) const { return first((*this)(p, Tail{1})); }
 };
 
+// How far ahead of the arithmetic memory is asked for, in elements. Half of it leaves the arithmetic waiting.
+template <typename T>
+constexpr int64_t kAhead = 4096 / sizeof(T);
+
 template <typename T, bool kSoftcap>
 void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
   constexpr int64_t kBlock = 1024;
-  // How far ahead of the arithmetic memory is asked for. Half of it leaves the arithmetic waiting.
-  constexpr int64_t kAhead = 4096 / sizeof(T);
   const Logits<T, kSoftcap> x{a.softcap};
   const Vec zero = broadcast(0.f);
   const auto largest_of = [&](const T* p, int64_t count) {
@@ -58,7 +60,7 @@ void loss_of_row(const CrossEntropy& a, int64_t row, const T* logits) {
     const auto sum_of_block = [&] {
       const Vec shift = broadcast(-base);
       return sum_lanes(count, [&](int64_t i, auto lanes, Vec partial) {
-        prefetch(block + kAhead + i);
+        prefetch(block + kAhead<T> + i);
         return add(partial, keep(exp(add(x(block + i, lanes), shift)), zero, lanes));
       });
     };
@@ -118,8 +120,10 @@ void gradient_of_row(const CrossEntropy& a, int64_t row, const T* logits, T* dlo
   const float of_label =
       first(gradient(load(logits + label, Tail{1}), broadcast(uniform - dloss * (1.f - a.label_smoothing))));
   const Vec offset = broadcast(uniform);
-  for_lanes(a.cols,
-            [&](int64_t i, auto lanes) { store(dlogits + i, gradient(load(logits + i, lanes), offset), lanes); });
+  for_lanes(a.cols, [&](int64_t i, auto lanes) {
+    prefetch(logits + kAhead<T> + i);
+    store(dlogits + i, gradient(load(logits + i, lanes), offset), lanes);
+  });
   store_one(dlogits + label, of_label);
 }
 

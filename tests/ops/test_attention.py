@@ -66,7 +66,7 @@ def check(cu_q, cu_k=None, *, shape=None, floor=FLOOR, **options):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "lengths",
-    [(1,), (16,), (5, 0, 37, 16, 50), (64, 65, 1, 1, 130), (0, 0), ()],
+    [(1,), (16,), (5, 0, 37, 16, 50), (64, 65, 1, 1, 130), (95, 96, 97, 193), (0, 0), ()],
     ids=lambda lengths: "-".join(map(str, lengths)),
 )
 def test_packed_documents_match_float64(backend, dtype, causal, lengths):
