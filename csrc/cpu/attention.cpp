@@ -1,5 +1,5 @@
 // Attention over packed documents, forward and backward, without scores in memory: Dao et al., "FlashAttention", 2022,
-// arXiv 2205.14135, in blocks of kBlock queries by kBlock keys that stay in the first two caches.
+// arXiv 2205.14135, in blocks of kBlock queries by kBlock keys that stay near in the caches.
 //
 //   s_ij = scale * q_i . k_j          (softcap c: c * tanh(s_ij / c)), -inf where query i may not see key j
 //   lse_i = log sum_j exp(s_ij),      p_ij = exp(s_ij - lse_i),      o_i = sum_j p_ij v_j
@@ -165,6 +165,15 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
           least(kBlock, length - first), head_dim};
 }
 
+// Whether a result, `rows` of all heads, is written past the caches. It pays much earlier than elsewhere: the rows of a
+// head lie far apart, and an ordinary store waits for each of their lines to be read first. Below, who reads the result
+// next loses more than that.
+template <typename T>
+bool streams(const T* result, int64_t rows, int64_t head_dim) {
+  constexpr int64_t kLeastBytes = 1 << 20;
+  return can_stream(result, rows, head_dim, kLeastBytes);
+}
+
 // ---- sums over keys and over queries ----
 
 // out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock]. The sums of Fma lie row
@@ -248,7 +257,7 @@ struct KeySums<Tiles> {
 };
 #endif
 
-// out_j += sum_i w_ij x_i for the keys j of a block, or with `first` out_j = it.
+// Adds sum_i w_ij x_i to out_j for the keys j of a block, or with `first` sets out_j to it.
 template <typename Policy>
 void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const float* w, const typename Policy::Element* x,
                     int64_t width, typename Policy::Element* memory, float* out, bool first) {
@@ -308,7 +317,7 @@ struct Forward {
   const Policy policy{};
   const Scores<kSoftcap> score{a};
   const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
-  const bool streamed = can_stream(static_cast<const T*>(a.out), a.head_dim);
+  const bool streamed = streams(static_cast<const T*>(a.out), a.query_tokens* a.q_heads, a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
@@ -379,9 +388,9 @@ struct Backward {
   const Policy policy{};
   const Scores<kSoftcap> score{a};
   const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
-  const bool streamed = can_stream(static_cast<const T*>(a.dq), a.head_dim) &&
-                        can_stream(static_cast<const T*>(a.dk), a.head_dim) &&
-                        can_stream(static_cast<const T*>(a.dv), a.head_dim);
+  const bool streamed = streams(static_cast<const T*>(a.dq), a.query_tokens* a.q_heads, a.head_dim) &&
+                        streams(static_cast<const T*>(a.dk), a.key_tokens* a.kv_heads, a.head_dim) &&
+                        streams(static_cast<const T*>(a.dv), a.key_tokens* a.kv_heads, a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
@@ -407,8 +416,8 @@ struct Backward {
     auto* converted = arena.packs(Policy::result_size(), 1);
 
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
-    int64_t packed = visible.first_key_block(0);  // past the last block of keys that is packed
-    const int64_t first_seen = packed;
+    const int64_t first_packed = visible.first_key_block(0);
+    int64_t packed = first_packed;  // past the last block of keys that is packed
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
@@ -420,7 +429,7 @@ struct Backward {
         Policy::pack_both_b(q, width, query, query_turned);
         Policy::pack_both_b(grad, width, dout, dout_turned);
         statistics(doc, head, block, grad, lse, delta);
-        const int64_t seen = packed;
+        const int64_t past_summed = packed;  // the blocks of keys before it have sums already
         for (; packed < end; ++packed) {
           const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
           const auto v = block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
@@ -441,19 +450,22 @@ struct Backward {
           });
           gradients_of_scores(bands, p, ds, rows, lse, delta);
           const int64_t at = key_block * block_size;
-          add_query_sums(policy, bands, p, dout, width, converted, dv + at, key_block >= seen);
-          add_query_sums(policy, bands, ds, query, width, converted, dk + at, key_block >= seen);
+          add_query_sums(policy, bands, p, dout, width, converted, dv + at, key_block >= past_summed);
+          add_query_sums(policy, bands, ds, query, width, converted, dk + at, key_block >= past_summed);
           dq.add(policy, bands, ds, keys_summed[key_block], converted, key_block == begin);
         }
         T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
         dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim, streamed);
       }
     }
-    for (float* sums : {dk, dv}) {
-      std::memset(sums, 0, sizeof(float) * static_cast<size_t>(first_seen * block_size));
-      const int64_t rest = most(0, key_blocks - packed);
-      std::memset(sums + packed * block_size, 0, sizeof(float) * static_cast<size_t>(rest * block_size));
-    }
+    // Blocks that no query has visited. Between them there is none: a query's blocks begin where those of the query
+    // before it end, or earlier.
+    const auto before = sizeof(float) * static_cast<size_t>(first_packed * block_size);
+    const auto behind = sizeof(float) * static_cast<size_t>((key_blocks - packed) * block_size);
+    std::memset(dk, 0, before);
+    std::memset(dv, 0, before);
+    std::memset(dk + packed * block_size, 0, behind);
+    std::memset(dv + packed * block_size, 0, behind);
     const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
     write_rows(dk, doc.keys, a.scale, static_cast<T*>(a.dk) + offset);
     write_rows(dv, doc.keys, 1.f, static_cast<T*>(a.dv) + offset);

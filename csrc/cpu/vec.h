@@ -4,7 +4,7 @@
 //   load(p, lanes)                       from float, bfloat16 or float16 memory, no alignment needed
 //   store(p, v, lanes)                   to them, rounded to nearest even
 //   load_scratch, store_scratch          memory of the kernel's own: the cheapest order of elements
-//   load_unordered, store_unordered      the order of elements that is cheapest for their type
+//   load_unordered, store_unordered      the order of elements that is cheapest for their type; stream_unordered
 //   round_to<T>(v)                       what a store to T and a load back would give, for a v computed from Ts
 //   prefetch(p)                          asks for the cache lines of a vector at p
 //   broadcast, add, sub, mul, fma, maximum, minimum, exp, tanh, sigmoid, select(less(a, b), x, y), sum, largest, first
@@ -40,9 +40,7 @@ struct Streamed : Full {};
 
 // Bytes written by one call from which on stores go past the caches: what is written then is not found there again
 // anyway, and a line that is not cached need not be read before it is written. It gains where there is little
-// arithmetic (RMSNorm, rotary), and not where there is more (SwiGLU, cross-entropy: up to 1.7 times slower). Attention
-// streams whatever it writes: a head's rows lie far apart, and each waits for its lines (a third of the time in
-// float32).
+// arithmetic (RMSNorm, rotary), and not where there is more (SwiGLU, cross-entropy: up to 1.7 times slower).
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 // ---- registers: all that an instruction set has to bring ----
@@ -618,15 +616,11 @@ inline void for_lanes(int64_t n, Body&& body) {
   if (i < n) body(i, Tail{static_cast<int>(n - i)});
 }
 
-// Whether an output, runs of `cols` elements, lies as streaming needs.
+// Whether an output, `rows` runs of `cols` elements, is large enough to stream and lies as that needs.
 template <typename T>
-inline bool can_stream(const T* output, int64_t cols) {
-  return reinterpret_cast<uintptr_t>(output) % 64 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 64 == 0;
-}
-// And whether it, of `rows` runs, is large enough.
-template <typename T>
-inline bool can_stream(const T* output, int64_t rows, int64_t cols) {
-  return rows * cols * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && can_stream(output, cols);
+inline bool can_stream(const T* output, int64_t rows, int64_t cols, int64_t least_bytes = kStreamedBytes) {
+  const int64_t run = cols * static_cast<int64_t>(sizeof(T));
+  return rows * run >= least_bytes && reinterpret_cast<uintptr_t>(output) % 64 == 0 && run % 64 == 0;
 }
 
 // for_lanes with Streamed in place of Full, where `streamed` says so. finish_streams must follow on the same thread.

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 import lemur_fast as lf
+from lemur_fast._compiled import C
 from tests.criterion import assert_as_good, compare
 from tests.dense import bounds, dense
 
@@ -86,6 +87,27 @@ def test_packed_documents_match_float64(backend, dtype, causal, lengths):
 def test_head_layouts(backend, heads, kv_heads, dim):
     for dtype in (torch.float32, torch.bfloat16):
         check(bounds(7, 30, 1), shape={"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype})
+
+
+@pytest.mark.parametrize("backend", [f"cpu-{isa}" for isa in C.cpu.isas()], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(8, 64), (7, 80), (5, 112)])
+def test_large_results_have_the_bits_of_small_ones(backend, dtype, heads, dim):
+    """From a mebibyte on they are written around the caches, where a row is whole lines of 64 bytes."""
+    lengths, tail = (300, 400, 7, 400), 30
+
+    def run(q, k, v, dout, *lengths):
+        out = lf.ops.attention(q, k, v, bounds(*lengths))
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+    q, k, v, dout = (torch.randn(sum(lengths) + tail, heads, dim).to(dtype).requires_grad_() for _ in range(4))
+    assert q.nbytes >= 1 << 20
+    documents = zip(*(x.split([*lengths, tail])[:-1] for x in (q, k, v, dout)), strict=True)
+    alone = [run(*document, document[0].shape[0]) for document in documents]
+    assert max(part[0].nbytes for part in alone) < 1 << 20
+    for whole, *pieces in zip(run(q, k, v, dout, *lengths), *alone, strict=True):
+        pieces.append(torch.zeros_like(whole[-tail:]))
+        assert torch.equal(whole, torch.cat(pieces))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
