@@ -165,13 +165,13 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
           least(kBlock, length - first), head_dim};
 }
 
-// Whether a result, `rows` of all heads, is written past the caches. It pays much earlier than elsewhere: the rows of a
+// Whether a result is written past the caches. It pays much earlier than elsewhere: the rows of a
 // head lie far apart, and an ordinary store waits for each of their lines to be read first. Below, who reads the result
 // next loses more than that.
 template <typename T>
-bool streams(const T* result, int64_t rows, int64_t head_dim) {
+bool streams(const T* result, int64_t tokens, int64_t heads, int64_t head_dim) {
   constexpr int64_t kLeastBytes = 1 << 20;
-  return can_stream(result, rows, head_dim, kLeastBytes);
+  return can_stream(result, tokens * heads, head_dim, kLeastBytes);
 }
 
 // ---- sums over keys and over queries ----
@@ -317,7 +317,7 @@ struct Forward {
   const Policy policy{};
   const Scores<kSoftcap> score{a};
   const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
-  const bool streamed = streams(static_cast<const T*>(a.out), a.query_tokens* a.q_heads, a.head_dim);
+  const bool streamed = streams(static_cast<const T*>(a.out), a.query_tokens, a.q_heads, a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
@@ -388,9 +388,9 @@ struct Backward {
   const Policy policy{};
   const Scores<kSoftcap> score{a};
   const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
-  const bool streamed = streams(static_cast<const T*>(a.dq), a.query_tokens* a.q_heads, a.head_dim) &&
-                        streams(static_cast<const T*>(a.dk), a.key_tokens* a.kv_heads, a.head_dim) &&
-                        streams(static_cast<const T*>(a.dv), a.key_tokens* a.kv_heads, a.head_dim);
+  const bool streamed = streams(static_cast<const T*>(a.dq), a.query_tokens, a.q_heads, a.head_dim) &&
+                        streams(static_cast<const T*>(a.dk), a.key_tokens, a.kv_heads, a.head_dim) &&
+                        streams(static_cast<const T*>(a.dv), a.key_tokens, a.kv_heads, a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
     const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
