@@ -228,11 +228,13 @@ struct KeySums<Tiles> {
   void clear(int64_t) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width)); }
   void add(const Tiles& tiles, const Bands<Tiles>& bands, const float* w, const bfloat16* x, bfloat16* memory,
            bool first) const {
-    if (first) clear(bands.lanes);  // bands have fewer lanes, the lower they lie
-    const bfloat16* right = Tiles::as_b(w, bands.keys, memory);
+    // Bands have fewer lanes, the lower they lie: the first one sets all, unless it begins later itself.
+    const bool sets = first && bands.first_lane(0) == 0;
+    if (first && !sets) clear(bands.lanes);
+    const bfloat16* right = Tiles::as_b(w, bands.keys, bands.lanes, memory);
     bands.each([&](int64_t row, int64_t many, int64_t lane) {
       tiles.product(width, bands.lanes - lane, many, x + row, kBlock, right + row * kBlock + Tiles::column(lane),
-                    kBlock, out + lane, kBlock, true);
+                    kBlock, out + lane, kBlock, !sets || row > 0);
     });
   }
   void scale(int64_t lane, int64_t, const float* factors) const {
@@ -261,7 +263,7 @@ struct KeySums<Tiles> {
 template <typename Policy>
 void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const float* w, const typename Policy::Element* x,
                     int64_t width, typename Policy::Element* memory, float* out, bool first) {
-  const auto* left = Policy::as_a(w, bands.keys, memory);
+  const auto* left = Policy::as_a(w, bands.keys, bands.lanes, memory);
   const int64_t past = round_up(bands.queries, Policy::kDepth);
   const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
   for (int64_t row = 0; row < bands.keys; row += step) {

@@ -80,7 +80,7 @@ struct Fma {
   }
 
   // A result [rows, kBlock] as an operand of the next product: it is one already.
-  static const float* as_a(const float* x, int64_t, float*) { return x; }
+  static const float* as_a(const float* x, int64_t, int64_t, float*) { return x; }
 
   // The memory that as_a may use.
   static int64_t result_size() { return 0; }
@@ -219,11 +219,10 @@ struct Tiles {
   static int64_t column(int64_t n) { return 2 * n; }
   static int64_t result_size() { return kBlock * kBlock / 2; }
 
-  // [kBlock, width].
+  // [kBlock, width], of which, as of all packs, the tokens are written that x has, and zeros up to a multiple of 32.
   static void pack_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
-    if (x.count < kBlock || x.width < width) {
-      std::memset(out, 0, sizeof(bfloat16) * static_cast<size_t>(kBlock * width));
-    }
+    const int64_t written = x.width < width ? 0 : x.count;
+    std::memset(out + written * width, 0, sizeof(bfloat16) * static_cast<size_t>((padded_rows(x) - written) * width));
     for (int64_t row = 0; row < x.count; ++row) copy_row(x.data + row * x.stride, x.width, out + row * width);
   }
 
@@ -231,7 +230,7 @@ struct Tiles {
   static void pack_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
     const Rows<bfloat16> rows = whole(x, width, padded);
-    for (int64_t row = 0; row < kBlock; row += 2) {
+    for (int64_t row = 0; row < rows.count; row += 2) {
       for (int64_t i = 0; i < width; i += kRegLanes) {
         const auto* even = reinterpret_cast<const __m256i*>(rows.data + row * rows.stride + i);
         const auto* odd = reinterpret_cast<const __m256i*>(rows.data + (row + 1) * rows.stride + i);
@@ -246,14 +245,14 @@ struct Tiles {
   static void pack_transposed_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 pairs[kBlock * kMaxWidth];
     pack_b(x, width, pairs);
-    turn(pairs, 2 * width, kBlock / 2, width, out);
+    turn(pairs, 2 * width, padded_rows(x) / 2, width, out, kBlock / 2);
   }
 
   // The transpose: [width / 2, kBlock] pairs (column, column + 1). Rows of pairs, turned.
   static void pack_transposed_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
     const Rows<bfloat16> rows = whole(x, width, padded);
-    turn(rows.data, rows.stride, kBlock, width / 2, out);
+    turn(rows.data, rows.stride, rows.count, width / 2, out, kBlock);
   }
 
   static void pack_both_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
@@ -267,16 +266,20 @@ struct Tiles {
     for_lanes(width, streamed, [&](int64_t i, auto lanes) { store(out + i, mul(load(x + i, lanes), by), lanes); });
   }
 
-  // [rows, kBlock] floats as [rows, kBlock] bfloat16.
-  static const bfloat16* as_a(const float* x, int64_t rows, bfloat16* out) {
-    for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(out + i, load(x + i, Full{}), Full{});
+  // `lanes` of [rows, kBlock] floats as [rows, kBlock] bfloat16.
+  static const bfloat16* as_a(const float* x, int64_t rows, int64_t lanes, bfloat16* out) {
+    for (int64_t row = 0; row < rows * kBlock; row += kBlock) {
+      for (int64_t i = row; i < row + lanes; i += kLanes) {
+        store_bits(out + i, round_for_tiles(load_reg(x + i), load_reg(x + i + kRegLanes)));
+      }
+    }
     return out;
   }
 
   // The same as pairs (row, row + 1).
-  static const bfloat16* as_b(const float* x, int64_t rows, bfloat16* out) {
+  static const bfloat16* as_b(const float* x, int64_t rows, int64_t lanes, bfloat16* out) {
     for (int64_t row = 0; row < rows; row += 2, x += 2 * kBlock, out += 2 * kBlock) {
-      for (int64_t i = 0; i < kBlock; i += kRegLanes) {
+      for (int64_t i = 0; i < lanes; i += kRegLanes) {
         store_bits(out + 2 * i, join_upper(round_upper(load_reg(x + i)), round_upper(load_reg(x + kBlock + i))));
       }
     }
@@ -335,20 +338,24 @@ struct Tiles {
     if (i < count) std::memcpy(to + i, from + i, sizeof(bfloat16) * static_cast<size_t>(count - i));
   }
 
-  // A whole block of rows of `width`: x itself, or a copy padded with zeros.
+  static int64_t padded_rows(const Rows<bfloat16>& x) { return round_up(x.count, 32); }
+
+  // A multiple of 32 rows of `width`: x itself, or a copy padded with zeros.
   static Rows<bfloat16> whole(const Rows<bfloat16>& x, int64_t width, bfloat16* padded) {
-    if (x.count == kBlock && x.width == width) return x;
+    if (x.count % 32 == 0 && x.width == width) return x;
     pack_a(x, width, padded);
-    return {padded, width, kBlock, width};
+    return {padded, width, padded_rows(x), width};
   }
 
-  // out[column, row] = x[row, column] of pairs; x_stride in elements, rows and columns in pairs, multiples of 16.
-  static void turn(const bfloat16* x, int64_t x_stride, int64_t rows, int64_t columns, bfloat16* out) {
+  // out[column, row] = x[row, column] of pairs; x_stride in elements, the rest in pairs, rows and columns multiples of
+  // 16.
+  static void turn(const bfloat16* x, int64_t x_stride, int64_t rows, int64_t columns, bfloat16* out,
+                   int64_t out_stride) {
     alignas(64) uint32_t tile[16 * 16];
     for (int64_t row = 0; row < rows; row += 16) {
       for (int64_t column = 0; column < columns; column += 16) {
         for (int i = 0; i < 16; ++i) store_bits(tile + 16 * i, load_bits(x + (row + i) * x_stride + 2 * column));
-        transpose_16x16(tile, 16, reinterpret_cast<uint32_t*>(out) + column * rows + row, rows);
+        transpose_16x16(tile, 16, reinterpret_cast<uint32_t*>(out) + column * out_stride + row, out_stride);
       }
     }
   }

@@ -102,6 +102,15 @@ inline Bits join_upper(Bits even, Bits odd) {
 inline Bits load_bits(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_bits(void* p, Bits bits) { _mm512_storeu_si512(p, bits); }
 inline void stream_bits(void* p, Bits bits) { _mm512_stream_si512(static_cast<Bits*>(p), bits); }
+#if defined(LEMUR_ISA_AMX)
+// 32 floats as bfloat16, to the nearest, for the tile product: it takes subnormal numbers for zeros, which they become.
+inline Bits round_for_tiles(Reg low, Reg high) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+  Bits bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+#endif
 inline void finish_streams() { _mm_sfence(); }
 
 inline Reg load_reg(const float* p) { return _mm512_loadu_ps(p); }

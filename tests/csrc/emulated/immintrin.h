@@ -203,6 +203,22 @@ inline Ints shuffle_quarters(const Ints& a, const Ints& b, int control) {
   return ints([&](int i) { return (i < 8 ? a : b).at[(control >> (i / 4 * 2) & 3) * 4 + i % 4]; });
 }
 
+// The elements of `low`, then those of `high`, as bfloat16: to the nearest, subnormal numbers as zeros, NaNs quiet.
+struct Shorts {
+  uint16_t at[32];
+};
+inline Shorts to_bfloat16(const Floats& high, const Floats& low) {
+  Shorts r;
+  for (int i = 0; i < 32; ++i) {
+    const float v = (i < 16 ? low : high).at[i % 16];
+    const uint32_t bits = as<uint32_t>(v);
+    const bool subnormal = (bits & 0x7f800000u) == 0;
+    const uint32_t rounded = std::isnan(v) ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+    r.at[i] = static_cast<uint16_t>((subnormal ? bits & 0x80000000u : rounded) >> 16);
+  }
+  return r;
+}
+
 // ---- tiles ----
 
 struct Tiles {
@@ -277,6 +293,8 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_permutex2var_ps emulated::permutex2var
 #define _mm512_cvtph_ps emulated::from_halves
 #define _mm512_cvtps_ph(v, rounding) emulated::to_halves(v)
+#define __m512bh emulated::Shorts
+#define _mm512_cvtne2ps_pbh emulated::to_bfloat16
 #define _mm512_castps_si512 emulated::as<emulated::Ints>
 #define _mm512_castsi512_ps emulated::as<emulated::Floats>
 #define _mm512_set1_epi32(v) emulated::set1(static_cast<int>(v))
