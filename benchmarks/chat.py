@@ -30,6 +30,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Lla
 import lemur_fast as lf
 from benchmarks.harness import Measurement, in_turns, machine, write_json
 from benchmarks.train_step import products_of_layer
+from lemur_fast import _malloc
 from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, add_chat_tokens, fitted
 from lemur_fast.data.chat.conversation import Conversation, Unfit, checked
 from lemur_fast.data.chat.sources import embedded_chat_sources
@@ -169,6 +170,7 @@ def lemur(arguments: Arguments, examples: list[Example]) -> Callable[[], float]:
 
 def matrix_products(arguments: Arguments, examples: list[Example]) -> Callable[[], None]:
     """Output, input gradient and weight gradient of every linear layer, a packed row at a time."""
+    _malloc.keep_freed_memory()  # as accelerate does
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config(arguments))
     shapes = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
