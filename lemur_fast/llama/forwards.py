@@ -105,10 +105,18 @@ def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
     """``LlamaMLP.forward``."""
     if is_watched(self.act_fn):
         return type(self).forward(self, x)
-    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    gate, up = _project(x, self.gate_proj, self.up_proj)
+    down = self.down_proj
     if _is_only_its_product(down):
         return swiglu_linear(gate, up, down.weight, down.bias)
     return down(ops.swiglu(gate, up))
+
+
+def _project(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """What each of them makes of `x`."""
+    if all(_is_only_its_product(module) and module.bias is None for module in modules):
+        return _products.linears(x, [module.weight for module in modules])  # type: ignore[misc]
+    return tuple(module(x) for module in modules)
 
 
 def _is_only_its_product(module: nn.Module) -> bool:
@@ -152,8 +160,8 @@ def attention_forward(
     cos, sin = position_embeddings
     batch_shape = cos.shape[:-1] if hidden_states.dim() == 2 else hidden_states.shape[:-1]
     q, k, v = (  # each [P, heads, D]
-        project(hidden_states).flatten(0, -2).unflatten(-1, (-1, self.head_dim))
-        for project in (self.q_proj, self.k_proj, self.v_proj)
+        x.flatten(0, -2).unflatten(-1, (-1, self.head_dim))
+        for x in _project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
     )
     cos, sin = (table.expand(*batch_shape, -1).flatten(0, -2) for table in (cos, sin))
     if "rotary" in options.ops:
@@ -176,7 +184,8 @@ def attention_forward(
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         if record_weights is not None and weights is not None:
             record_weights(weights)
-    return self.o_proj(out.reshape(*hidden_states.shape[:-1], out.shape[-2] * out.shape[-1])), weights
+    (out,) = _project(out.reshape(*hidden_states.shape[:-1], out.shape[-2] * out.shape[-1]), self.o_proj)
+    return out, weights
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------

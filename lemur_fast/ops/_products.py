@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices on a CPU, taken in float32 where this CPU is faster at that.
+"""Products of linear layers, taken as this CPU is fastest at them.
 
     y = x @ weight.T + bias        dx = dy @ weight        dweight = dy.T @ x        dbias = sum over the rows of dy
 
@@ -7,6 +7,10 @@ takes twice as long as for float32, where a virtual machine hides the AMX of Int
 as long (`python -m benchmarks.products`). Here the operands are widened, products are torch's in float32, and a result
 is rounded once. A thousand rows at a time are: few enough to stay in the caches, and enough for a product to run at its
 full rate.
+
+With AMX, dweight is what takes longer than it need, by up to two thirds: dy lies across what is summed. Here the
+smaller operand of a large one is transposed first. Layers of one input (`linears`) do that once, and sum the input's
+gradient inside the products.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import functools
 import math
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -244,6 +248,132 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
 
 differentiable("linear", _backward, _save)
 once_differentiable("linear_bwd")
+
+
+# ---- dweight on AMX --------------------------------------------------------------------------------------------------
+
+_FEWEST_TRANSPOSED = 256, 2**20
+"""Rows of both operands, and elements of dweight, from which on to transpose one of them pays."""
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 on tiles."""
+    return _compiled.missing is None and "amx_bf16" in _compiled.C.cpu.features()
+
+
+@torch.compiler.assume_constant_result  # the CPU does not change
+def _has_amx() -> bool:
+    return has_amx()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    x, y = x.contiguous(), _transposed_fake(x)
+    if not x.numel():
+        return y
+    code = _compiled.dtype_code(x.dtype)
+    _compiled.C.cpu.scale(
+        x=x.data_ptr(),
+        transposed=True,
+        y=y.data_ptr(),
+        rows=y.shape[0],
+        cols=y.shape[1],
+        factor=1.0,
+        x_dtype=code,
+        y_dtype=code,
+    )
+    return y
+
+
+def _transposed_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], x.shape[0])
+
+
+_transposed_op = define("transposed(Tensor x) -> Tensor", _transposed, _transposed_fake)
+once_differentiable("transposed")
+
+
+def weight_gradients(dys: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
+    """``dy.T @ x`` of each dy that is not None.
+
+    Args:
+        dys: each ``[T, N]`` with its own N, of the dtype of x.
+        x: ``[T, K]``.
+    """
+    (rows, inputs), x_transposed = x.shape, None
+    fewest_rows, fewest_elements = _FEWEST_TRANSPOSED
+    pays = (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and dispatch.allows("cpu")
+        and _has_amx()
+        and rows >= fewest_rows
+    )
+    result: list[Tensor | None] = []
+    for dy in dys:
+        if dy is None:
+            result.append(None)
+        elif not pays or dy.shape[1] * inputs < fewest_elements:
+            result.append(dy.T @ x)
+        elif dy.shape[1] <= inputs:
+            result.append(_transposed_op(dy) @ x)
+        else:
+            x_transposed = _transposed_op(x) if x_transposed is None else x_transposed
+            result.append(_transposed_op(x_transposed @ dy))
+    return result
+
+
+# ---- layers of one input ---------------------------------------------------------------------------------------------
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, *weights = inputs
+        of_x, *of_weights = ctx.needs_input_grad
+        ctx.save_for_backward(x if any(of_weights) else None, *(weights if of_x else ()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple:
+        x, *weights = ctx.saved_tensors
+        _, *of_weights = ctx.needs_input_grad
+        *leading, _ = dys[0].shape
+        dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
+        dx = None
+        for dy, weight in zip(dys, weights, strict=False):
+            if dx is None:
+                dx = dy @ weight
+            else:
+                dx.addmm_(dy, weight)
+        dweights: list[Tensor | None] = [None] * len(dys)
+        if any(of_weights):
+            wanted = [dy if want else None for dy, want in zip(dys, of_weights, strict=True)]
+            dweights = weight_gradients(wanted, x.reshape(-1, x.shape[-1]))
+        return None if dx is None else dx.view(*leading, dx.shape[-1]), *dweights
+
+
+def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``linear(x, weight)`` of each weight, with one gradient of `x` that is summed inside the products.
+
+    Args:
+        x: ``[..., K]``.
+        weights: each ``[N, K]`` with its own N, of the dtype of x unless autocast casts both.
+
+    Returns:
+        ``[..., N]`` of each.
+    """
+    if (
+        torch.is_autocast_enabled(x.device.type)  # it casts a weight once for all of its uses
+        or not torch.is_grad_enabled()
+        or any(serves(x, weight) for weight in weights)  # in float32, where products cannot add to a gradient
+    ):
+        return tuple(linear(x, weight) for weight in weights)
+    return _Linears.apply(x, *weights)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ from lemur_fast.ops._checks import (
     to_autocast_dtype,
     unit_stride,
 )
-from lemur_fast.ops._products import linear, linear_bwd, serves
+from lemur_fast.ops._products import linear, linear_bwd, serves, weight_gradients
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -181,7 +181,8 @@ class _SwigluLinear(torch.autograd.Function):
         else:
             rows = math.prod(gate.shape[:-1])
             dout = dout.reshape(rows, weight.shape[0])
-            dy, dweight = (dout @ weight).view(gate.shape), dout.T @ y.view(rows, weight.shape[1])
+            dy = (dout @ weight).view(gate.shape)
+            (dweight,) = weight_gradients([dout], y.view(rows, weight.shape[1]))
             if of_bias:
                 dbias = dout.sum(0)
         del y

@@ -236,3 +236,136 @@ def test_where_float32_is_faster(monkeypatch, features, machine, faster):
         assert _products.float32_is_faster() is faster
     finally:
         _products.float32_is_faster.cache_clear()
+
+
+# ---- layers of one input, and dweight of a transposed operand --------------------------------------------------------
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    """Where torch's products are not replaced."""
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: False)
+
+
+@pytest.fixture
+def transposing(monkeypatch, in_bfloat16):
+    """dweight of every size takes a transposed operand, as large ones do with AMX; counts them."""
+    if _compiled.missing is not None:
+        pytest.skip(_compiled.missing)
+    count = []
+    original = _products._transposed
+    monkeypatch.setattr(_products, "has_amx", lambda: True)
+    monkeypatch.setattr(_products, "_FEWEST_TRANSPOSED", (1, 1))
+    monkeypatch.setattr(_products, "_transposed_op", lambda x: (count.append(tuple(x.shape)), original(x))[1])
+    return count
+
+
+def stock_linears(x, *weights):
+    return tuple(torch.nn.functional.linear(x, weight) for weight in weights)
+
+
+def ours_of(x, *weights):
+    return _products.linears(x, weights)
+
+
+LAYERS = [(64, 16, (8, 8, 8)), (65, 7, (3, 12)), (97, 33, (41,)), (3, 40, (130, 9, 40))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), LAYERS)
+def test_layers_of_one_input(rows, inputs, outputs, dtype, in_bfloat16):
+    given = {"x": torch.randn(rows, inputs).to(dtype)}
+    given |= {f"w{i}": torch.randn(n, inputs).to(dtype) for i, n in enumerate(outputs)}
+
+    def summed(function):  # of every output another multiple, so that they cannot be confused
+        return lambda x, **w: sum((i + 1) * y.sum(-1) for i, y in enumerate(function(x, *w.values())))
+
+    compare(summed(ours_of), summed(stock_linears), given, grads=tuple(given))
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), LAYERS)
+def test_dweight_of_a_transposed_operand(rows, inputs, outputs, transposing):
+    x, dys = bfloat16(rows, inputs), [bfloat16(rows, n) for n in outputs]
+    for dy, found in zip(dys, _products.weight_gradients(dys, x), strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found.double(), dy.double().T @ x.double(), rtol=2**-8, atol=1e-4)
+    wide = [n for n in outputs if n > inputs]
+    assert transposing.count((rows, inputs)) == (1 if wide else 0) + outputs.count(inputs), "x is transposed once"
+    assert len(transposing) == len(outputs) - len(wide) + (1 + len(wide) if wide else 0)
+
+
+def test_dweight_is_torch_s_without_amx_or_the_cpu_kernels(transposing, monkeypatch):
+    x, dy = bfloat16(70, 8), bfloat16(70, 9)
+    with lf.use_backend("reference"):
+        _products.weight_gradients([dy], x)
+    _products.weight_gradients([dy.float()], x.float())
+    monkeypatch.setattr(_products, "has_amx", lambda: False)
+    assert _products.weight_gradients([None], x) == [None]
+    assert torch.equal(_products.weight_gradients([dy], x)[0], dy.T @ x)
+    assert transposing == []
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_a_layers_gradient_alone_is_the_same(wanted, in_bfloat16):
+    given = bfloat16(2, 35, 8), bfloat16(90, 8), bfloat16(9, 8)
+
+    def found(*wanted):
+        tensors = [x.detach().requires_grad_(want) for x, want in zip(given, wanted, strict=True)]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
+            first, second = ours_of(*tensors)
+        (first.sum() + second.square().sum()).backward()
+        return [x.grad for x in tensors], kept
+
+    (alone, kept), (together, _) = found(*wanted), found(True, True, True)
+    for a, b, want in zip(alone, together, wanted, strict=True):
+        assert torch.equal(a, b) if want else a is None
+    assert kept == ([(90, 8), (9, 8)] if wanted[0] else [(2, 35, 8)]), "no more than the gradient needs"
+
+
+def test_layers_of_one_input_under_autocast_are_torch_s(in_bfloat16):
+    x, weights = torch.randn(70, 8).requires_grad_(), [torch.randn(n, 8).requires_grad_() for n in (9, 5)]
+
+    def gradients(function):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = function(x, *weights)
+        assert {y.dtype for y in outputs} == {torch.bfloat16}
+        return torch.autograd.grad(sum(y.float().sum() for y in outputs), (x, *weights))
+
+    for a, b in zip(gradients(ours_of), gradients(stock_linears), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("where", ["in_bfloat16", "transposing"])
+def test_layers_of_one_input_compile(where, request):
+    request.getfixturevalue("in_bfloat16")
+    if where == "transposing":
+        if _compiled.missing is not None:
+            pytest.skip(_compiled.missing)
+        monkeypatch = request.getfixturevalue("monkeypatch")
+        monkeypatch.setattr(_products, "has_amx", lambda: True)
+        monkeypatch.setattr(_products, "_FEWEST_TRANSPOSED", (1, 1))
+    given = [bfloat16(70, 8).requires_grad_(), bfloat16(9, 8).requires_grad_(), bfloat16(5, 8).requires_grad_()]
+    compiled = torch.compile(ours_of, fullgraph=True, backend="aot_eager")
+
+    def gradients(function):
+        return torch.autograd.grad(sum(y.sum() for y in function(*given)), given)
+
+    for a, b in zip(gradients(compiled), gradients(ours_of), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_second_derivative_of_layers_of_one_input_is_refused(in_bfloat16):
+    x = bfloat16(70, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(ours_of(x, bfloat16(9, 8))[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_transposed_is_an_operator():
+    if _compiled.missing is not None:
+        pytest.skip(_compiled.missing)
+    for rows, columns in ((1, 1), (33, 70), (0, 3)):
+        x = bfloat16(rows, columns)
+        assert torch.equal(torch.ops.lemur_fast.transposed(x), x.T)
+    torch.library.opcheck(torch.ops.lemur_fast.transposed.default, (bfloat16(33, 70),))
