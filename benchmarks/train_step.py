@@ -207,13 +207,13 @@ def products_of_layer(x: Tensor, weight: Tensor, dy: Tensor) -> None:
         return
     torch.mm(x, weight.T)
     torch.mm(dy, weight)
-    _products.weight_gradients([dy], x)
+    _products.weight_gradients([dy], x, compiled=True)
 
 
 def matrix_products(config: LlamaConfig, batch: lf.PackedBatch, dtype: str, device: torch.device) -> Callable[[], None]:
     """Output, input gradient and weight gradient of every linear layer, one after another, and nothing else.
 
-    As lemur_fast takes them: in float32 where this CPU is faster at that than at bfloat16, and with its malloc.
+    Each as lemur_fast takes it: in float32 where this CPU is faster at that than at bfloat16, and with its malloc.
     """
     if device.type == "cpu":
         _malloc.keep_freed_memory()

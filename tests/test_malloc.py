@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import subprocess
 import sys
 
@@ -31,11 +30,14 @@ print(min(faults() for _ in range(6)))
 def test_freed_memory_is_kept_unless_the_environment_has_settings(
     setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")  # nothing to do with it
     name, _, value = setting.partition("=")
     if name:
         monkeypatch.setenv(name, value)
     result = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
     kept, faults = result.stdout.split()
     assert kept == str(not setting)
-    pages = 2**26 // resource.getpagesize()
-    assert (int(faults) < pages // 100) == (not setting), f"{faults} of {pages} pages were new"
+    assert (int(faults) < 16) == (not setting), f"{faults} pages were new"  # 32 or more, if they are huge

@@ -72,7 +72,8 @@ bool may_use_tiles() {
 
 bool has_amx() {
   unsigned registers[4];
-  return has_avx512() && cpuid_bit(7, registers, 3, 22) && cpuid_bit(7, registers, 3, 24) && may_use_tiles();
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && cpuid_bit(7, registers, 3, 22) &&
+         cpuid_bit(7, registers, 3, 24) && may_use_tiles();
 }
 #endif
 #endif

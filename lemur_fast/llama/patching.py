@@ -115,9 +115,9 @@ def accelerate(model: nn.Module, ops: str | Iterable[str] = "all", return_logits
     On a CPU that multiplies float32 faster than bfloat16 it changes the linear layers, too, whatever `ops` says: they
     take products of bfloat16 in float32 (`lemur_fast.ops._products`), unless `use_backend` leaves out "cpu".
 
-    For a model on a CPU, glibc's malloc is told to keep the memory of freed tensors for the next ones, in the whole
-    process and for good: to have every page of them cleared anew takes a tenth of a small model's step. Settings for
-    malloc in the environment (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``) are left as they are.
+    For a model that is on a CPU now, glibc's malloc is told to keep the memory of freed tensors for the next ones, for
+    good: to have every page of them cleared anew takes a tenth of a small model's step. Settings for malloc in the
+    environment (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``) are left as they are.
 
     Call it on the stock model, or after PEFT or `fully_shard`; but before anything that wraps `forward`
     (`Accelerator.prepare`, TRL's trainers, DistributedDataParallel, `torch.compile`).
@@ -154,7 +154,7 @@ def accelerate(model: nn.Module, ops: str | Iterable[str] = "all", return_logits
                 "Call accelerate before whatever wraps forward (Accelerator.prepare, device_map, use_kernels)"
             )
     _check_modules(model)
-    if any(parameter.device.type == "cpu" for parameter in model.parameters()):
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         _malloc.keep_freed_memory()
     accelerated = Accelerated(model, names, return_logits)
     for name, module, function in targets:

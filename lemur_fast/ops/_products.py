@@ -66,8 +66,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _has_rows(x: Tensor) -> bool:
-    enough = math.prod(x.shape[:-1]) >= _FEWEST_ROWS
+def _has_rows(x: Tensor, fewest: int = _FEWEST_ROWS) -> bool:
+    enough = math.prod(x.shape[:-1]) >= fewest
     if torch.compiler.is_compiling():  # a number of rows that only the data tell is left to torch
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -258,7 +258,7 @@ _FEWEST_TRANSPOSED = 256, 2**20
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 on tiles."""
+    """Whether this CPU has AMX's product of bfloat16."""
     return _compiled.missing is None and "amx_bf16" in _compiled.C.cpu.features()
 
 
@@ -269,6 +269,8 @@ def _has_amx() -> bool:
 
 def _transposed(x: Tensor) -> Tensor:
     x, y = x.contiguous(), _transposed_fake(x)
+    if x.device.type != "cpu":
+        return x.T.contiguous()
     if not x.numel():
         return y
     code = _compiled.dtype_code(x.dtype)
@@ -293,21 +295,18 @@ _transposed_op = define("transposed(Tensor x) -> Tensor", _transposed, _transpos
 once_differentiable("transposed")
 
 
-def weight_gradients(dys: Sequence[Tensor | None], x: Tensor) -> list[Tensor | None]:
+def weight_gradients(dys: Sequence[Tensor | None], x: Tensor, compiled: bool) -> list[Tensor | None]:
     """``dy.T @ x`` of each dy that is not None.
 
     Args:
         dys: each ``[T, N]`` with its own N, of the dtype of x.
         x: ``[T, K]``.
+        compiled: whether the CPU kernels may be used.
     """
-    (rows, inputs), x_transposed = x.shape, None
+    inputs, x_transposed = x.shape[1], None
     fewest_rows, fewest_elements = _FEWEST_TRANSPOSED
     pays = (
-        x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and dispatch.allows("cpu")
-        and _has_amx()
-        and rows >= fewest_rows
+        x.dtype == torch.bfloat16 and x.device.type == "cpu" and compiled and _has_amx() and _has_rows(x, fewest_rows)
     )
     result: list[Tensor | None] = []
     for dy in dys:
@@ -335,25 +334,30 @@ class _Linears(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, *weights = inputs
         of_x, *of_weights = ctx.needs_input_grad
+        ctx.compiled = dispatch.allows("cpu")
         ctx.save_for_backward(x if any(of_weights) else None, *(weights if of_x else ()))
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple:
+        # Inside autocast a product would be of its dtype, and the sum it is added to would not.
+        with torch.autocast(next(dy.device.type for dy in dys if dy is not None), enabled=False):
+            return _Linears._gradients(ctx, dys)
+
+    @staticmethod
+    def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
         x, *weights = ctx.saved_tensors
         _, *of_weights = ctx.needs_input_grad
-        *leading, _ = dys[0].shape
-        dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
+        leading = next(dy.shape[:-1] for dy in dys if dy is not None)
+        dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx = None
         for dy, weight in zip(dys, weights, strict=False):
-            if dx is None:
-                dx = dy @ weight
-            else:
-                dx.addmm_(dy, weight)
+            if dy is not None:
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         dweights: list[Tensor | None] = [None] * len(dys)
-        if any(of_weights):
+        if x is not None:
             wanted = [dy if want else None for dy, want in zip(dys, of_weights, strict=True)]
-            dweights = weight_gradients(wanted, x.reshape(-1, x.shape[-1]))
+            dweights = weight_gradients(wanted, x.reshape(-1, x.shape[-1]), ctx.compiled)
         return None if dx is None else dx.view(*leading, dx.shape[-1]), *dweights
 
 
@@ -368,8 +372,9 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         ``[..., N]`` of each.
     """
     if (
-        torch.is_autocast_enabled(x.device.type)  # it casts a weight once for all of its uses
-        or not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
+        or x.is_meta  # autocast does not know it
+        or torch.is_autocast_enabled(x.device.type)  # it casts a weight once for all of its uses
         or any(serves(x, weight) for weight in weights)  # in float32, where products cannot add to a gradient
     ):
         return tuple(linear(x, weight) for weight in weights)

@@ -147,8 +147,9 @@ def _reference_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- CPU -------------------------------------------------------------------------------------------------------------
 
 _CHUNK_BYTES = 96 * 2**20
-"""Of the logits held at a time. Few chunks, because each adds its dweight to the whole of the sum; and oneDNN's product
-with the weight takes twice as long as it need for 350 to 1,300 rows of 32,000 and a width of 384 to 768."""
+"""Of the logits held at a time. Few chunks, because each adds its dweight to the whole of the sum; and long batches of
+16 bits stay clear of 350 to 1,300 rows, for which oneDNN's product with a weight of 32,000 x 384 to 768 takes twice as
+long as it need."""
 
 _PRODUCT_COLUMNS = 8192
 """Columns of dweight computed at a time, before they are added to the sum."""

@@ -182,7 +182,7 @@ class _SwigluLinear(torch.autograd.Function):
             rows = math.prod(gate.shape[:-1])
             dout = dout.reshape(rows, weight.shape[0])
             dy = (dout @ weight).view(gate.shape)
-            (dweight,) = weight_gradients([dout], y.view(rows, weight.shape[1]))
+            (dweight,) = weight_gradients([dout], y.view(rows, weight.shape[1]), ctx.backend == "cpu")
             if of_bias:
                 dbias = dout.sum(0)
         del y

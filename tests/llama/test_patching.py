@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import lemur_fast
-from lemur_fast.llama import Accelerated, accelerate, forwards
+from lemur_fast.llama import Accelerated, accelerate, forwards, patching
 from lemur_fast.ops import _products
 from tests.llama.tiny import VOCAB, assert_same, documents, loss_and_gradients, packed, pair, tiny_llama
 
@@ -508,3 +508,11 @@ def test_other_bounds_for_the_keys_are_refused() -> None:
 def test_ops_must_be_names() -> None:
     with pytest.raises(TypeError, match="ops: got NoneType"):
         accelerate(tiny_llama(), ops=None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_malloc_is_set_for_a_model_on_a_cpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(patching._malloc, "keep_freed_memory", lambda: calls.append(True))
+    accelerate(tiny_llama().to(device))
+    assert len(calls) == (device == "cpu")

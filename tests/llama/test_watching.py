@@ -160,14 +160,15 @@ def test_global_hooks_see_what_stock_shows(layouts: list[bool]) -> None:
     assert layouts == [False, False]
 
 
-@pytest.mark.parametrize("how", ["global hook", "instance", "class", "weight"])
-def test_the_down_projection_is_called_where_someone_replaced_or_watches_it(
-    how: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("which", ["mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj"])
+@pytest.mark.parametrize("how", ["global hook", "hook", "instance", "class", "weight"])
+def test_a_linear_layer_is_called_where_someone_replaced_or_watches_it(
+    how: str, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else its product is taken without it, so that its input need not be kept."""
+    """Else its product is taken without it: that of MLPs keeps less, and layers of one input share its gradient."""
     ours, _ = pair()
     ids = torch.randint(1, VOCAB, (2, 9))
-    down = ours.model.layers[1].mlp.down_proj
+    layer = ours.model.layers[1].get_submodule(which)
     called = []
     stock = torch.nn.Linear.forward
 
@@ -178,30 +179,34 @@ def test_the_down_projection_is_called_where_someone_replaced_or_watches_it(
     class Own(torch.nn.Parameter):
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            called.extend([down] if function is torch.nn.functional.linear else [])
+            called.extend([layer] if function is torch.nn.functional.linear else [])
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
 
     handle = None
     if how == "global hook":
         handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: called.append(m))
+    elif how == "hook":
+        handle = layer.register_forward_hook(lambda m, args, out: called.append(m))
     elif how == "instance":
-        down.forward = forward.__get__(down)
+        layer.forward = forward.__get__(layer)
     elif how == "class":
-        down.__dict__.pop("forward", None)
+        layer.__dict__.pop("forward", None)
         monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     else:
-        down.weight = Own(down.weight.detach())
+        layer.weight = Own(layer.weight.detach())
     fused = []
     original = forwards.swiglu_linear
     monkeypatch.setattr(forwards, "swiglu_linear", lambda g, u, w, b: (fused.append(w), original(g, u, w, b))[1])
+    linears = forwards._products.linears
+    monkeypatch.setattr(forwards._products, "linears", lambda x, ws: (fused.extend(ws), linears(x, ws))[1])
     try:
         ours(ids, labels=ids)
     finally:
         if handle:
             handle.remove()
-    assert down in called
-    assert not any(weight is down.weight for weight in fused)
+    assert layer in called
+    assert not any(weight is layer.weight for weight in fused)
 
 
 @pytest.mark.parametrize("which", [True, -1, [0, 1], [1, -1]], ids=str)

@@ -286,7 +286,7 @@ def test_layers_of_one_input(rows, inputs, outputs, dtype, in_bfloat16):
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), LAYERS)
 def test_dweight_of_a_transposed_operand(rows, inputs, outputs, transposing):
     x, dys = bfloat16(rows, inputs), [bfloat16(rows, n) for n in outputs]
-    for dy, found in zip(dys, _products.weight_gradients(dys, x), strict=True):
+    for dy, found in zip(dys, _products.weight_gradients(dys, x, compiled=True), strict=True):
         assert found.is_contiguous()
         torch.testing.assert_close(found.double(), dy.double().T @ x.double(), rtol=2**-8, atol=1e-4)
     wide = [n for n in outputs if n > inputs]
@@ -296,12 +296,11 @@ def test_dweight_of_a_transposed_operand(rows, inputs, outputs, transposing):
 
 def test_dweight_is_torch_s_without_amx_or_the_cpu_kernels(transposing, monkeypatch):
     x, dy = bfloat16(70, 8), bfloat16(70, 9)
-    with lf.use_backend("reference"):
-        _products.weight_gradients([dy], x)
-    _products.weight_gradients([dy.float()], x.float())
+    _products.weight_gradients([dy], x, compiled=False)
+    _products.weight_gradients([dy.float()], x.float(), compiled=True)
     monkeypatch.setattr(_products, "has_amx", lambda: False)
-    assert _products.weight_gradients([None], x) == [None]
-    assert torch.equal(_products.weight_gradients([dy], x)[0], dy.T @ x)
+    assert _products.weight_gradients([None], x, compiled=True) == [None]
+    assert torch.equal(_products.weight_gradients([dy], x, compiled=True)[0], dy.T @ x)
     assert transposing == []
 
 
@@ -355,11 +354,63 @@ def test_layers_of_one_input_compile(where, request):
         torch.testing.assert_close(a, b)
 
 
-def test_a_second_derivative_of_layers_of_one_input_is_refused(in_bfloat16):
-    x = bfloat16(70, 8).requires_grad_()
-    (gradient,) = torch.autograd.grad(ours_of(x, bfloat16(9, 8))[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+def test_a_second_derivative_of_layers_of_one_input_is_right(in_bfloat16):
+    given = [torch.randn(4, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
+
+    def second(function):
+        y = function(*given)
+        (dx,) = torch.autograd.grad(y[0].sum() + y[1].square().sum(), given[0], create_graph=True)
+        return torch.autograd.grad(y[0].sum() + dx.square().sum(), given)
+
+    for a, b in zip(second(ours_of), second(stock_linears), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_second_derivative_of_a_transposed_operand_is_refused(transposing, monkeypatch):
+    monkeypatch.undo()
+    dy = bfloat16(300, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match="transposed: double backward is not supported"):
+        torch.ops.lemur_fast.transposed(dy).sum().backward()
+
+
+def test_backward_inside_autocast_alone(in_bfloat16):
+    given = [torch.randn(n, 8).requires_grad_() for n in (70, 9, 5)]
+
+    def gradients(function, inside):
+        loss = sum(y.square().sum() for y in function(*given))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(loss, given)
+
+    for a, b in zip(gradients(ours_of, True), gradients(stock_linears, False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_output_that_nobody_uses(in_bfloat16):
+    given = [bfloat16(n, 8).requires_grad_() for n in (70, 9, 5)]
+    ours_of(*given)[1].sum().backward()
+    assert given[1].grad is None
+    torch.testing.assert_close(given[0].grad, given[2].detach().sum(0).expand(70, 8))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_that_only_the_data_tell_with_gradients(large, monkeypatch, in_bfloat16):
+    monkeypatch.setattr(_products, "has_amx", lambda: True)
+    if large:
+        monkeypatch.setattr(_products, "_FEWEST_TRANSPOSED", (256, 1))
+    x, weights = bfloat16(400, 8), [bfloat16(9, 8).requires_grad_(), bfloat16(5, 8).requires_grad_()]
+
+    def loss(x):
+        return sum(y.float().square().sum() for y in _products.linears(x[x[:, 0] > 0], weights))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), weights)
+    for a, b in zip(found, torch.autograd.grad(loss(x), weights), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_of_one_input_on_meta():
+    x, weight = torch.ones(3, 8, device="meta"), torch.ones(9, 8, device="meta", requires_grad=True)
+    assert ours_of(x, weight)[0].shape == (3, 9)
 
 
 def test_transposed_is_an_operator():
