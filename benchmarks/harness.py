@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lemur_fast import _devices
+from lemur_fast import _devices, _malloc
 from lemur_fast.files import write_text
 
 CPU = torch.device("cpu")
@@ -167,15 +167,9 @@ def keep_freed_memory() -> str:
 
     For timing kernels whose outputs are large: what they would wait for is the system clearing pages.
     """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return "no mallopt here: times may hold the system's clearing of fresh memory"
-    kept = mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0)
-    return (
-        "malloc keeps freed memory" if kept else "mallopt failed: times may hold the system's clearing of fresh memory"
-    )
+    if _malloc.keep_freed_memory():
+        return "malloc keeps freed memory"
+    return "malloc has settings, or is not glibc's: times may hold the system's clearing of fresh memory"
 
 
 class Clock:
