@@ -268,11 +268,9 @@ def _has_amx() -> bool:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    x, y = x.contiguous(), _transposed_fake(x)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not x.numel():
         return x.T.contiguous()
-    if not x.numel():
-        return y
+    x, y = x.contiguous(), _transposed_fake(x)
     code = _compiled.dtype_code(x.dtype)
     _compiled.C.cpu.scale(
         x=x.data_ptr(),
