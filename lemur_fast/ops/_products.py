@@ -269,7 +269,7 @@ def _has_amx() -> bool:
 
 def _transposed(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or not x.numel():
-        return x.T.contiguous()
+        return x.T.clone(memory_format=torch.contiguous_format)
     x, y = x.contiguous(), _transposed_fake(x)
     code = _compiled.dtype_code(x.dtype)
     _compiled.C.cpu.scale(
