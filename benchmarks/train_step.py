@@ -213,7 +213,7 @@ def products_of_layer(x: Tensor, weight: Tensor, dy: Tensor) -> None:
     """Output, input gradient and weight gradient of a linear layer, as lemur_fast takes them."""
     if _products.serves(x, weight):
         _products.project(x, weight, None, out=torch.empty_like(dy))
-        _products.gradients(dy, (weight, torch.empty_like(x)), (x, torch.empty_like(weight)))
+        _products.gradients([_products.Layer(dy, weight, torch.empty_like(weight))], x, torch.empty_like(x))
         return
     torch.mm(x, weight.T)
     torch.mm(dy, weight)

@@ -4,6 +4,7 @@ They keep Hugging Face's signatures and, to whoever calls or watches a module, i
 layout:
 
 - The layers see only real tokens: the input is unpadded once behind the embedding, as a packed batch is from the start.
+- The results of a layer's norms are not kept for backward, which makes them again from what the norms keep.
 - Both residual additions of a layer run inside the RMSNorm that follows them. A layer therefore hands on the pair
   (branch, stream) whose sum is Hugging Face's hidden state, and the next layer's first norm, or the last norm of the
   model, adds them. Under gradient checkpointing it hands on the sum, which is half of what the pair would keep.
@@ -60,6 +61,7 @@ from lemur_fast.llama.documents import (
 )
 from lemur_fast.ops import _products
 from lemur_fast.ops._loss import LossStats, only_rows
+from lemur_fast.ops.rms_norm import Normed
 from lemur_fast.ops.swiglu import swiglu_linear
 
 _STOCK_LINEAR = nn.Linear.forward  # some tools replace it for all
@@ -101,21 +103,21 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     return _products.linear(input, self.weight, self.bias)
 
 
-def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
-    """``LlamaMLP.forward``."""
+def mlp_forward(self: LlamaMLP, x: Tensor, normed: Normed | None = None) -> Tensor:
+    """``LlamaMLP.forward``; `normed` is what `x` was made of."""
     if is_watched(self.act_fn):
         return type(self).forward(self, x)
-    gate, up = _project(x, self.gate_proj, self.up_proj)
+    gate, up = _project(x, self.gate_proj, self.up_proj, normed=normed)
     down = self.down_proj
     if _is_only_its_product(down):
         return swiglu_linear(gate, up, down.weight, down.bias)
     return down(ops.swiglu(gate, up))
 
 
-def _project(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """What each of them makes of `x`."""
+def _project(x: Tensor, *modules: nn.Module, normed: Normed | None = None) -> tuple[Tensor, ...]:
+    """What each of them makes of `x`, which was made of `normed`."""
     if all(_is_only_its_product(module) and module.bias is None for module in modules):
-        return _products.linears(x, [module.weight for module in modules])  # type: ignore[misc]
+        return _products.linears(x, [module.weight for module in modules], normed)  # type: ignore[misc]
     return tuple(module(x) for module in modules)
 
 
@@ -142,6 +144,7 @@ def attention_forward(
     options: Options,
     cu_seqlens: Tensor | None = None,
     record_weights: Callable[[Tensor], None] | None = None,
+    normed: Normed | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``LlamaAttention.forward``: with `cu_seqlens` inside documents, else Hugging Face's attention (cache, mask).
@@ -155,13 +158,14 @@ def attention_forward(
         options: what `accelerate` was asked for.
         cu_seqlens: ``[N + 1]`` int32.
         record_weights: called with the attention weights where the implementation returns them.
+        normed: what `hidden_states` was made of.
         **kwargs: passed on to the attention implementation.
     """
     cos, sin = position_embeddings
     batch_shape = cos.shape[:-1] if hidden_states.dim() == 2 else hidden_states.shape[:-1]
     q, k, v = (  # each [P, heads, D]
         x.flatten(0, -2).unflatten(-1, (-1, self.head_dim))
-        for x in _project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        for x in _project(hidden_states, self.q_proj, self.k_proj, self.v_proj, normed=normed)
     )
     cos, sin = (table.expand(*batch_shape, -1).flatten(0, -2) for table in (cos, sin))
     if "rotary" in options.ops:
@@ -236,10 +240,19 @@ def _run_layer(
         stream, x = hidden_states, self.input_layernorm(hidden_states)
     else:
         x, stream = self.input_layernorm(residual, residual=hidden_states)
-    attended, _ = self.self_attn(hidden_states=x, **kwargs)
+    attended, _ = self.self_attn(
+        hidden_states=x, **_made_of(stream, self.input_layernorm, self.self_attn, attention_forward), **kwargs
+    )
     x, stream = self.post_attention_layernorm(stream, residual=attended)
-    branch = self.mlp(x)
+    branch = self.mlp(x, **_made_of(stream, self.post_attention_layernorm, self.mlp, mlp_forward))
     return (branch, stream) if hands_on else stream + branch
+
+
+def _made_of(stream: Tensor, norm: nn.Module, module: nn.Module, forward: Callable) -> dict[str, Normed]:
+    """The argument that tells `module`, where it runs `forward`, what `norm` made its input of."""
+    if not is_replaced_by(module, forward) or type(norm.weight) is not nn.Parameter:
+        return {}  # a norm that FSDP2 shards by itself holds but a share of its weight now
+    return {"normed": Normed(stream, norm.weight, norm.variance_epsilon)}  # type: ignore[arg-type]
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ is rounded once. A thousand rows at a time are: few enough to stay in the caches
 full rate.
 
 With AMX, dweight is what takes longer than it need, by up to two thirds: dy lies across what is summed. Here the
-smaller operand of a large one is transposed first. Layers of one input (`linears`) do that once, and sum the input's
-gradient inside the products.
+smaller operand of a large one is transposed first.
+
+Layers of one input (`linears`) do either once for it, and sum its gradient inside the products. Where it is the result
+of a norm they keep nothing but what the norm keeps, and make it again in backward.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import math
 import platform
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch.nn import functional
 
 from lemur_fast import _compiled, dispatch
 from lemur_fast.ops._registration import define, differentiable, once_differentiable
+from lemur_fast.ops.rms_norm import Normed
 
 _ROWS = 1024
 """Rows of the long operand that are widened at a time."""
@@ -141,50 +144,57 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
             out[part, columns].copy_(y)
 
 
-def gradients(
-    dy: Tensor,
-    of_x: tuple[Tensor, Tensor] | None = None,
-    of_weight: tuple[Tensor, Tensor] | None = None,
-    add: bool = False,
-) -> None:
-    """Sets ``dx = dy @ weight`` and ``dweight = dy.T @ x``, or one of them. No size is 0.
+class Layer(NamedTuple):
+    """One of the layers that share an input x ``[T, K]``, in backward; all of bfloat16, unless it says otherwise.
+
+    Attributes:
+        dy: ``[T, N]``.
+        weight: ``[N, K]``, where dx is wanted.
+        dweight: ``[N, K]`` of any strides, bfloat16 or float32; where it is wanted.
+    """
+
+    dy: Tensor
+    weight: Tensor | None
+    dweight: Tensor | None
+
+
+def gradients(layers: Sequence[Layer], x: Tensor | None, dx: Tensor | None, add: bool = False) -> None:
+    """Sets ``dx``, the sum of ``dy @ weight`` over the layers, and each ``dweight = dy.T @ x``. No size is 0.
 
     Args:
-        dy: ``[T, N]``, bfloat16.
-        of_x: weight ``[N, K]`` and dx ``[T, K]``, both bfloat16.
-        of_weight: x ``[T, K]``, bfloat16, and dweight ``[N, K]`` of any strides, bfloat16 or float32.
+        layers: those that share the input; one at least.
+        x: ``[T, K]``, bfloat16; None where no dweight is wanted.
+        dx: ``[T, K]``, bfloat16; None where it is not wanted.
         add: add to dweight, which is float32 then.
     """
-    given = of_x or of_weight
+    given = dx if x is None else x
     if given is None:
         return
-    (rows, outputs), inputs = dy.shape, given[0].shape[1]
-    parts = _weight_parts(outputs, inputs)
-    widest = parts[0].stop
+    rows, inputs = given.shape
+    parts = [(layer, columns) for layer in layers for columns in _weight_parts(layer.dy.shape[1], inputs)]
+    widest = max(columns.stop - columns.start for _, columns in parts)
     most = _rows_at_once(rows, max(inputs, widest))
     wide_dy, wide_x = _Wide("y", most * widest), _Wide("x", most * inputs)
     wide_weight, wide_dweight = _Wide("weight", widest * inputs), _Wide("dweight", widest * inputs)
-    # Over several parts of the weight dx is a sum, which must not be rounded between them.
-    total = dy.new_empty(rows, inputs, dtype=torch.float32) if of_x and len(parts) > 1 else None
-    for columns in parts:
-        if of_x:
-            right = wide_weight.of(of_x[0][columns])
-        if of_weight:
-            dweight = of_weight[1][columns]
+    # Over several parts dx is a sum, which must not be rounded between them.
+    total = given.new_empty(rows, inputs, dtype=torch.float32) if dx is not None and len(parts) > 1 else None
+    for number, ((dy, weight, whole_dweight), columns) in enumerate(parts):
+        right = None if weight is None or dx is None else wide_weight.of(weight[columns])
+        dweight = None if whole_dweight is None or x is None else whole_dweight[columns]
+        if dweight is not None:
             sums = dweight if dweight.dtype == torch.float32 else wide_dweight.like(dweight)
         for part in _parts(rows, most):
             left = wide_dy.of(dy[part, columns])
-            if total is not None:
-                total[part].addmm_(left, right, beta=int(columns.start > 0))  # beta 0 ignores what lies there
-            elif of_x:
-                dx = of_x[1][part]
-                dx.copy_(torch.mm(left, right, out=wide_x.like(dx)))
-            if of_weight:
-                sums.addmm_(left.T, wide_x.of(of_weight[0][part]), beta=int(add or part.start > 0))
-        if of_weight and sums is not dweight:
+            if right is not None and total is not None:
+                total[part].addmm_(left, right, beta=int(number > 0))  # beta 0 ignores what lies there
+            elif right is not None and dx is not None:
+                dx[part].copy_(torch.mm(left, right, out=wide_x.like(dx[part])))
+            if dweight is not None and x is not None:
+                sums.addmm_(left.T, wide_x.of(x[part]), beta=int(add or part.start > 0))
+        if dweight is not None and sums is not dweight:
             dweight.copy_(sums)
-    if total is not None and of_x:
-        of_x[1].copy_(total)
+    if total is not None and dx is not None:
+        dx.copy_(total)
 
 
 # ---- the linear layer ------------------------------------------------------------------------------------------------
@@ -204,9 +214,9 @@ def _linear_bwd(dy: Tensor, x: Tensor | None, weight: Tensor | None, want_bias: 
     dx, dweight, dbias = _linear_bwd_fake(dy, x, weight, want_bias)
     dy = dy.reshape(-1, dy.shape[-1])
     gradients(
-        dy,
-        None if weight is None else (weight, dx.view(-1, dx.shape[-1])),
-        None if x is None else (x.reshape(-1, x.shape[-1]), dweight),
+        [Layer(dy, weight, None if x is None else dweight)],
+        None if x is None else x.reshape(-1, x.shape[-1]),
+        None if weight is None else dx.view(-1, dx.shape[-1]),
     )
     if want_bias:
         dbias.copy_(dy.sum(0, dtype=torch.float32))
@@ -323,60 +333,119 @@ def weight_gradients(dys: Sequence[Tensor | None], x: Tensor, compiled: bool) ->
 # ---- layers of one input ---------------------------------------------------------------------------------------------
 
 
+def _linears_bwd(
+    dys: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    dx, dweights = _linears_bwd_fake(dys, x, weights, wanted)
+    layers = [
+        Layer(dy, weights[i] if weights else None, dweights[i] if wanted[i] else None) for i, dy in enumerate(dys)
+    ]
+    gradients(layers, x, dx if weights else None)
+    return dx, dweights
+
+
+def _linears_bwd_fake(
+    dys: Sequence[Tensor], x: Tensor | None, weights: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, list[Tensor]]:
+    dx = dys[0].new_empty(dys[0].shape[0], weights[0].shape[1]) if weights else dys[0].new_empty(0)
+    inputs = 0 if x is None else x.shape[1]
+    return dx, [dy.new_empty((dy.shape[1], inputs) if want else 0) for dy, want in zip(dys, wanted, strict=True)]
+
+
+_linears_bwd_op = define(
+    "linears_bwd(Tensor[] dys, Tensor? x, Tensor[] weights, bool[] wanted) -> (Tensor, Tensor[])",
+    _linears_bwd,
+    _linears_bwd_fake,
+)
+once_differentiable("linears_bwd")
+
+
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor,
+        hidden: Tensor | None,
+        norm_weight: Tensor | None,
+        eps: float,
+        norm_backend: str,
+        widened: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
         return tuple(linear(x, weight) for weight in weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, *weights = inputs
-        of_x, *of_weights = ctx.needs_input_grad
+        x, hidden, norm_weight, ctx.eps, ctx.norm_backend, ctx.widened, *weights = inputs
+        of_x, of_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         ctx.compiled = dispatch.allows("cpu")
-        ctx.save_for_backward(x if any(of_weights) else None, *(weights if of_x else ()))
+        if not any(of_weights):
+            x = hidden = norm_weight = None
+        elif hidden is not None:
+            x = None
+        ctx.save_for_backward(x, hidden, norm_weight, *(weights if of_x else ()))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
         # Inside autocast a product would be of its dtype, and the sum it is added to would not.
         with torch.autocast(next(dy.device.type for dy in dys if dy is not None), enabled=False):
-            return _Linears._gradients(ctx, dys)
+            dx, dweights = _Linears._gradients(ctx, dys)
+            return dx, *(None,) * 5, *dweights
 
     @staticmethod
-    def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple:
-        x, *weights = ctx.saved_tensors
-        _, *of_weights = ctx.needs_input_grad
-        leading = next(dy.shape[:-1] for dy in dys if dy is not None)
+    def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        x, hidden, norm_weight, *weights = ctx.saved_tensors
+        of_weights = ctx.needs_input_grad[6:]
+        first = next(dy for dy in dys if dy is not None)
+        leading = first.shape[:-1]
+        if hidden is not None:
+            x = Normed(hidden, norm_weight, ctx.eps).again(ctx.norm_backend)
+        elif x is not None:
+            x = x.reshape(-1, x.shape[-1])
         dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx = None
-        for dy, weight in zip(dys, weights, strict=False):
-            if dy is not None:
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dx: Tensor | None = None
         dweights: list[Tensor | None] = [None] * len(dys)
-        if x is not None:
-            wanted = [dy if want else None for dy, want in zip(dys, of_weights, strict=True)]
-            dweights = weight_gradients(wanted, x.reshape(-1, x.shape[-1]), ctx.compiled)
-        return None if dx is None else dx.view(*leading, dx.shape[-1]), *dweights
+        if ctx.widened:
+            used = [number for number, dy in enumerate(dys) if dy is not None]
+            wanted = [x is not None and of_weights[number] for number in used]
+            dx, found = _linears_bwd_op(
+                [dys[number] for number in used], x, [weights[number] for number in used if weights], wanted
+            )
+            for number, dweight, want in zip(used, found, wanted, strict=True):
+                dweights[number] = dweight if want else None
+            dx = dx if weights else None
+        else:
+            for dy, weight in zip(dys, weights, strict=False):
+                if dy is not None:
+                    dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            if x is not None:
+                asked = [dy if want else None for dy, want in zip(dys, of_weights, strict=True)]
+                dweights = weight_gradients(asked, x, ctx.compiled)
+        return None if dx is None else dx.view(*leading, dx.shape[-1]), dweights
 
 
-def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def linears(x: Tensor, weights: Sequence[Tensor], normed: Normed | None = None) -> tuple[Tensor, ...]:
     """``linear(x, weight)`` of each weight, with one gradient of `x` that is summed inside the products.
 
     Args:
         x: ``[..., K]``.
         weights: each ``[N, K]`` with its own N, of the dtype of x unless autocast casts both.
+        normed: what `rms_norm` made `x` of. Then backward makes it again, and `x` is not kept for it.
 
     Returns:
         ``[..., N]`` of each.
     """
+    widened = [serves(x, weight) for weight in weights]
     if (
         not torch.is_grad_enabled()
         or x.is_meta  # autocast does not know it
         or torch.is_autocast_enabled(x.device.type)  # it casts a weight once for all of its uses
-        or any(serves(x, weight) for weight in weights)  # in float32, where products cannot add to a gradient
+        or any(widened) != all(widened)
     ):
         return tuple(linear(x, weight) for weight in weights)
-    return _Linears.apply(x, *weights)
+    if normed is None or not x.requires_grad:  # a norm without a gradient keeps nothing
+        return _Linears.apply(x, None, None, 0.0, "", all(widened), *weights)
+    return _Linears.apply(x, *normed, normed.backend(), all(widened), *weights)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -151,6 +151,9 @@ _CHUNK_BYTES = 96 * 2**20
 16 bits stay clear of 350 to 1,300 rows, for which oneDNN's product with a weight of 32,000 x 384 to 768 takes twice as
 long as it need."""
 
+_WIDENED_CHUNK_BYTES = 64 * 2**20
+"""The same where products of bfloat16 are taken in float32, a thousand rows at a time: more of them gain nothing."""
+
 _PRODUCT_COLUMNS = 8192
 """Columns of dweight computed at a time, before they are added to the sum."""
 
@@ -223,9 +226,9 @@ def _cpu_run(
         if widened:
             dhidden = torch.empty_like(hidden_rows)
             _products.gradients(
-                logits,
-                (weight, dhidden) if wanted.hidden else None,
-                (hidden_rows, gradients.weight) if wanted.weight else None,
+                [_products.Layer(logits, weight, gradients.weight if wanted.weight else None)],
+                hidden_rows if wanted.weight else None,
+                dhidden if wanted.hidden else None,
                 add=number > 0,
             )
             if wanted.hidden:
@@ -241,7 +244,8 @@ def _cpu_run(
 
 
 def _most_tokens(layer: Layer, chunk_tokens: int | None) -> int:
-    return chunk_tokens or max(256, _CHUNK_BYTES // (layer.weight.shape[0] * layer.hidden.element_size()))
+    nbytes = _WIDENED_CHUNK_BYTES if _products.serves(layer.hidden, layer.weight) else _CHUNK_BYTES
+    return chunk_tokens or max(256, nbytes // (layer.weight.shape[0] * layer.hidden.element_size()))
 
 
 def _count_trained(labels: Tensor, vocab: int, options: LossOptions) -> int:
@@ -267,9 +271,9 @@ def _cpu_run_at_once(
     result = loss(logits, logits)
     if widened:
         _products.gradients(
-            logits,
-            (weight, gradients.hidden) if wanted.hidden else None,
-            (hidden, gradients.weight) if wanted.weight else None,
+            [_products.Layer(logits, weight, gradients.weight if wanted.weight else None)],
+            hidden if wanted.weight else None,
+            gradients.hidden if wanted.hidden else None,
         )
     else:
         if wanted.hidden:

@@ -15,7 +15,7 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv 
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -244,6 +244,30 @@ def _backward_added(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: Any) -> t
 differentiable("rms_norm", _backward_plain, _save_plain)
 differentiable("add_rms_norm", _backward_added, _save_added)
 once_differentiable("rms_norm_bwd")
+
+
+class Normed(NamedTuple):
+    """What a result of `rms_norm` was made of: whoever needs it in backward can make it again instead of keeping it.
+
+    Attributes:
+        hidden: ``[..., H]``: x, or the sum that came back beside the result. The norm keeps it for its own backward.
+        weight: ``[H]``.
+        eps: as it was given.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    eps: float
+
+    def backend(self) -> str:
+        """The backend that serves such a norm now."""
+        x, weight = self.hidden, self.weight
+        return choose("rms_norm", x.device, x.dtype, x.numel(), wants_grad(x, weight), weight_dtype=weight.dtype)
+
+    def again(self, backend: str) -> Tensor:
+        """The result, as ``[rows, H]``."""
+        return _rms_norm_op(_rows(self.hidden), self.weight, self.eps, backend)[0]
+
 
 # ---- public ----------------------------------------------------------------------------------------------------------
 

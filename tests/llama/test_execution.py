@@ -33,6 +33,49 @@ from tests.llama.tiny import (
     tiny_llama,
 )
 
+# ---- what is kept for backward ---------------------------------------------------------------------------------------
+
+
+def kept_bytes(model: nn.Module, **inputs: Any) -> int:
+    """Bytes of the storages that a forward keeps for its backward."""
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss = model(**inputs).loss
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("frozen", ["", "q_proj", "norm"])
+def test_results_of_norms_are_not_kept(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair()
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(not frozen or frozen not in name)
+    batch = packed(documents())
+    kept, found = kept_bytes(ours, **batch), gradients(ours)
+    ours.zero_grad()
+    monkeypatch.setattr(forwards, "_made_of", lambda *_: {})
+    more = kept_bytes(ours, **batch) - kept
+    assert more == 4 * batch["input_ids"].numel() * 64 * 4, "two layers of two norms"
+    assert found.keys() == gradients(ours).keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients(ours).items())
+
+
+@pytest.mark.parametrize("name", ["self_attn", "mlp"])
+def test_a_module_that_someone_replaced_gets_stock_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, stock = pair()
+    module = getattr(ours.model.layers[0], name)
+    replaced = module.forward
+    given: set[str] = set()
+    module.forward = lambda *args, **kwargs: (given.update(kwargs), replaced(*args, **kwargs))[1]
+    assert_same(loss_and_gradients(ours, **packed(documents())), separate_documents(stock, documents()))
+    assert "normed" not in given
+
+
 # ---- gradient checkpointing ------------------------------------------------------------------------------------------
 
 

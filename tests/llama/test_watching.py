@@ -199,7 +199,9 @@ def test_a_linear_layer_is_called_where_someone_replaced_or_watches_it(
     original = forwards.swiglu_linear
     monkeypatch.setattr(forwards, "swiglu_linear", lambda g, u, w, b: (fused.append(w), original(g, u, w, b))[1])
     linears = forwards._products.linears
-    monkeypatch.setattr(forwards._products, "linears", lambda x, ws: (fused.extend(ws), linears(x, ws))[1])
+    monkeypatch.setattr(
+        forwards._products, "linears", lambda x, ws, normed: (fused.extend(ws), linears(x, ws, normed))[1]
+    )
     try:
         ours(ids, labels=ids)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import lemur_fast as lf
 from lemur_fast import _compiled
 from lemur_fast.ops import _products
+from lemur_fast.ops.rms_norm import Normed
 from tests.criterion import compare
 
 
@@ -80,8 +82,8 @@ def test_one_gradient_alone_is_the_same(wanted):
 def test_gradients_are_added_in_float32():
     x, dy = bfloat16(100, 12), bfloat16(100, 70)
     total = torch.full((12, 70), torch.nan).T  # as the loss lays it out; what lies there is ignored at first
-    _products.gradients(dy[:50], of_weight=(x[:50], total))
-    _products.gradients(dy[50:], of_weight=(x[50:], total), add=True)
+    _products.gradients([_products.Layer(dy[:50], None, total)], x[:50], None)
+    _products.gradients([_products.Layer(dy[50:], None, total)], x[50:], None, add=True)
     torch.testing.assert_close(total.double(), dy.double().T @ x.double(), rtol=1e-5, atol=1e-4)
 
 
@@ -382,6 +384,149 @@ def test_backward_inside_autocast_alone(in_bfloat16):
             return torch.autograd.grad(loss, given)
 
     for a, b in zip(gradients(ours_of, True), gradients(stock_linears, False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- layers of one input, in float32 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), LAYERS)
+def test_layers_of_one_input_in_float32(rows, inputs, outputs):
+    given = {"x": bfloat16(rows, inputs)} | {f"w{i}": bfloat16(n, inputs) for i, n in enumerate(outputs)}
+    served = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = _products._linears_bwd_op
+        patch.setattr(_products, "_linears_bwd_op", lambda *a: (served.append(1), original(*a))[1])
+
+        def summed(function):
+            return lambda x, **w: sum((i + 1) * y.sum(-1) for i, y in enumerate(function(x, *w.values())))
+
+        compare(summed(ours_of), summed(stock_linears), given, grads=tuple(given))
+    assert bool(served) == (rows >= 64)
+
+
+def test_the_inputs_gradient_is_rounded_once_over_all_layers():
+    """256 from one layer and 2^-9 from each of 64 columns of four others: a sum in bfloat16 would stay at 256."""
+    x = torch.zeros(64, 1, dtype=torch.bfloat16, requires_grad=True)
+    large, small = torch.full((1, 1), 256.0).bfloat16(), torch.full((1024, 1), 2.0**-9).bfloat16()
+    outputs = _products.linears(x, [large, small, small, small, small])
+    (dx,) = torch.autograd.grad(sum(y.sum(-1) for y in outputs).sum(), x)
+    assert dx.unique().tolist() == [264]
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_a_layers_gradient_alone_is_the_same_in_float32(wanted):
+    given = bfloat16(2, 35, 8), bfloat16(90, 8), bfloat16(9, 8)
+
+    def found(*wanted):
+        tensors = [x.detach().requires_grad_(want) for x, want in zip(given, wanted, strict=True)]
+        first, second = ours_of(*tensors)
+        (first.sum() + second.square().sum()).backward()
+        return [x.grad for x in tensors]
+
+    for alone, together, want in zip(found(*wanted), found(True, True, True), wanted, strict=True):
+        assert torch.equal(alone, together) if want else alone is None
+
+
+def test_linears_bwd_is_an_operator():
+    dys, x, weights = [bfloat16(70, 9), bfloat16(70, 5)], bfloat16(70, 8), [bfloat16(9, 8), bfloat16(5, 8)]
+    for arguments in ((dys, x, weights, [True, False]), (dys, None, weights, [False, False]), (dys, x, [], [True] * 2)):
+        torch.library.opcheck(torch.ops.lemur_fast.linears_bwd.default, arguments)
+
+
+# ---- an input that a norm made ---------------------------------------------------------------------------------------
+
+
+def of_norm(h, norm_weight, *weights, again):
+    """Layers behind a norm, whose result is made again or kept."""
+    x = lf.ops.rms_norm(h, norm_weight)
+    return _products.linears(x, weights, Normed(h, norm_weight, 1e-5) if again else None)
+
+
+def kept_by(function, *given):
+    """Bytes that are kept for backward, of storages that the caller does not hold anyway."""
+    held, kept = {x.untyped_storage().data_ptr() for x in given}, {}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in held:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        outputs = function(*given)
+    return outputs, sum(kept.values())
+
+
+@pytest.mark.parametrize("where", ["in_bfloat16", "in_float32"])
+def test_a_norms_result_is_made_again(where, request):
+    if where == "in_bfloat16":
+        request.getfixturevalue("in_bfloat16")
+    given = [t.requires_grad_() for t in (bfloat16(2, 35, 64), bfloat16(64), bfloat16(90, 64), bfloat16(9, 64))]
+    statistics = 70 * 4
+    found = {}
+    for again in (False, True):
+        outputs, kept = kept_by(functools.partial(of_norm, again=again), *given)
+        assert kept == statistics + (0 if again else given[0].nbytes)
+        found[again] = torch.autograd.grad(sum(y.float().square().sum() for y in outputs), given)
+    assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
+
+
+def test_a_norms_result_is_made_again_by_the_backend_that_made_it(in_bfloat16):
+    given = [torch.randn(*shape).requires_grad_() for shape in ((70, 64), (64,), (9, 64))]
+    with lf.use_backend("reference"):
+        (y,) = of_norm(*given, again=True)
+        (expected,) = of_norm(*given, again=False)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), given) for out in (y, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_norm_without_a_gradient_keeps_nothing_to_make_it_of(in_bfloat16):
+    given = bfloat16(70, 64), bfloat16(64), bfloat16(9, 64).requires_grad_()
+    (y,), kept = kept_by(functools.partial(of_norm, again=True), *given)
+    assert kept == y.shape[0] * 64 * 2
+    (dweight,) = torch.autograd.grad(y.sum(), given[2])
+    torch.testing.assert_close(dweight, torch.autograd.grad(of_norm(*given, again=False)[0].sum(), given[2])[0])
+
+
+def test_a_norm_that_changed_meanwhile_is_noticed(in_bfloat16):
+    given = [t.requires_grad_() for t in (bfloat16(70, 64), bfloat16(64), bfloat16(9, 64))]
+    (y,) = of_norm(*given, again=True)
+    with torch.no_grad():
+        given[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_compilers_do_not_keep_a_norms_result(in_bfloat16):
+    """Theirs to choose: they may move what hangs on no gradient into the forward, and keep it."""
+    given = [t.requires_grad_() for t in (bfloat16(70, 64), bfloat16(64), bfloat16(90, 64), bfloat16(9, 64))]
+    compiled = torch.compile(
+        functools.partial(of_norm, again=True), fullgraph=True, backend="aot_eager_decomp_partition"
+    )
+    compiled(*given)
+    outputs, kept = kept_by(compiled, *given)
+    assert kept == 70 * 4
+    found = torch.autograd.grad(sum(y.sum() for y in outputs), given)
+    for a, b in zip(found, torch.autograd.grad(sum(y.sum() for y in of_norm(*given, again=True)), given), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_second_derivative_behind_a_norm_is_right(in_bfloat16):
+    """With respect to the layers' weights: the norm's own second derivative is refused."""
+    given = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((4, 3), (3,), (5, 3), (2, 3))]
+
+    def second():
+        outputs = of_norm(*given, again=True)
+        (dweight,) = torch.autograd.grad(sum(y.square().sum() for y in outputs), given[2], create_graph=True)
+        return torch.autograd.grad(dweight.square().sum(), given[:3])
+
+    def stock():
+        h, norm_weight, *weights = given
+        x = norm_weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+        (dweight,) = torch.autograd.grad(sum((x @ w.T).square().sum() for w in weights), given[2], create_graph=True)
+        return torch.autograd.grad(dweight.square().sum(), given[:3])
+
+    for a, b in zip(second(), stock(), strict=True):
         torch.testing.assert_close(a, b)
 
 
