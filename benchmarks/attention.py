@@ -1,6 +1,6 @@
 """Attention over packed documents, forward and backward, side by side, over patterns of lengths.
 
-    python -m benchmarks.attention                      # bfloat16, 4096 tokens, 8 heads of 64, three minutes
+    python -m benchmarks.attention                      # 4096 tokens, 8 heads of 64, three minutes
     python -m benchmarks.attention --device cuda --tokens 16384 --heads 32 --kv-heads 32 --head-dim 128
 
 Rivals are those of `benchmarks.peers`, on the same tensors; one that cannot run is named with its reason. "fresh" draws
@@ -26,7 +26,16 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Row, command_line, copy_rate, machine, matrix_peak, phases_in_turns, write_rows
+from benchmarks.harness import (
+    Row,
+    command_line,
+    copy_rate,
+    dtype_to_measure,
+    machine_and_dtype,
+    matrix_peak,
+    phases_in_turns,
+    write_rows,
+)
 from benchmarks.peers import Documents, forward_only
 from benchmarks.report import share_of
 
@@ -49,8 +58,8 @@ class Arguments:
     """Key heads; must divide the query heads."""
     head_dim: int = 64
     """Dimensions of a head."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of queries, keys and values."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of queries, keys and values; auto is bfloat16, or float32 on a CPU that only emulates it."""
     device: str = "cpu"
     """Where: cpu or cuda."""
     steps: int = 7
@@ -61,6 +70,9 @@ class Arguments:
     """Parts of the names of the rivals to run, beside lemur_fast; all by default."""
     json: Path | None = None
     """Also write a JSON line for each rival, pattern and direction."""
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_to_measure(self.dtype, self.device)  # type: ignore[assignment]
 
 
 def uniform(tokens: int, generator: torch.Generator) -> list[int]:
@@ -274,7 +286,7 @@ def main(arguments: Arguments) -> list[Row]:
     device = torch.device(arguments.device)
     if arguments.kv_heads < 1 or arguments.heads % arguments.kv_heads:
         raise SystemExit(f"--kv-heads: got {arguments.kv_heads}; must divide --heads, which is {arguments.heads}")
-    console.print(machine(device))
+    console.print(machine_and_dtype(arguments.dtype, device))
     peak, copy = matrix_peak(getattr(torch, arguments.dtype), device), copy_rate(sum(bytes_moved(arguments)), device)
     console.print(
         f"a large matrix product: {peak / 1e9:,.0f} GFLOP/s; a copy: {copy / 1e9:,.1f} GB/s, read and written"

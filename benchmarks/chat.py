@@ -1,6 +1,6 @@
 """Chat tuning side by side: Hugging Face padded, padding-free and with TRL's packing, against lemur_fast.
 
-    python -m benchmarks.chat                        # bfloat16, 32 embedded conversations, about ten minutes
+    python -m benchmarks.chat                        # 32 embedded conversations, about ten minutes
     python -m benchmarks.chat --conversations 64 --layers 12 --width 768
 
 All rows train the same model on the same conversations, drawn from the embedded ones, with the same labels: a step is
@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM
 
 import lemur_fast as lf
-from benchmarks.harness import Measurement, in_turns, machine, write_json
+from benchmarks.harness import Measurement, dtype_to_measure, in_turns, machine_and_dtype, write_json
 from benchmarks.train_step import products_of_layer
 from lemur_fast import _malloc
 from lemur_fast.data.chat.chatml import ChatEncoder, Encoded, add_chat_tokens, fitted
@@ -54,8 +54,8 @@ class Arguments:
     """Decoder layers of the model."""
     width: int = 512
     """Hidden size; heads have 64 dimensions, the MLP is 8/3 as wide, the vocabulary 32,005."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and activations; auto is bfloat16, or float32 on a CPU that only emulates it."""
     rounds: int = 3
     """Timed steps of each rival."""
     seed: int = 0
@@ -64,6 +64,9 @@ class Arguments:
     """Parts of the names of the rivals to run; all by default."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write a JSON line for each rival."""
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_to_measure(self.dtype, "cpu")  # type: ignore[assignment]
 
 
 Example = dict[str, list[int]]  # input_ids, labels
@@ -283,7 +286,7 @@ def main(arguments: Arguments) -> None:
     room = sum(len(group) * max(len(e["input_ids"]) for e in group) for group in _groups(examples, arguments.batch))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LlamaForCausalLM(model_config(arguments)).parameters())
-    console.print(machine())
+    console.print(machine_and_dtype(arguments.dtype))
     console.print(f"{parameters / 1e6:.1f} M parameters, {arguments.layers} layers, width {arguments.width}")
     console.print(
         f"{len(lengths)} of {of_all:,} embedded conversations: {tokens:,} tokens (median {np.median(lengths):.0f}, "

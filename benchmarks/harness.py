@@ -36,6 +36,7 @@ import torch
 
 from lemur_fast import _devices, _malloc
 from lemur_fast.files import write_text
+from lemur_fast.training.distributed import compute_dtype
 
 CPU = torch.device("cpu")
 PACKAGES = (
@@ -65,6 +66,23 @@ def machine(device: torch.device = CPU) -> str:
     known = environment(device)
     versions = ", ".join(f"{name} {known['versions'][name]}" for name in ("torch", "transformers"))
     return f"{known['machine']}, {versions}, Python {known['python']}, {known['commit']}"
+
+
+def dtype_to_measure(asked: str, device: str) -> str:
+    """The name of the dtype that is meant: for "auto" bfloat16, or float32 on a CPU that only emulates it."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device != "cpu" else str(compute_dtype(CPU)).removeprefix("torch.")
+
+
+def machine_and_dtype(dtype: str, device: torch.device = CPU) -> str:
+    """`machine`, and why it is float32 where it is that by default."""
+    if device.type != "cpu" or dtype != "float32" or compute_dtype(CPU) == torch.bfloat16:
+        return machine(device)
+    return (
+        f"{machine(device)}\nfloat32, since torch emulates bfloat16 on this CPU: --dtype bfloat16 measures that, in "
+        "which a training step of stock Hugging Face takes minutes"
+    )
 
 
 def environment(device: torch.device = CPU) -> dict[str, Any]:

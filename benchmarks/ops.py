@@ -1,6 +1,6 @@
 """The ops, forward and backward, side by side: as a share of what this machine copies and multiplies.
 
-    python -m benchmarks.ops                            # bfloat16, LLaMA-2-7B's, 13B's and small shapes, a quarter hour
+    python -m benchmarks.ops                            # LLaMA-2-7B's, 13B's and small shapes, a quarter hour
     python -m benchmarks.ops --only swiglu --shapes small
     python -m benchmarks.ops --device cuda --shapes llama-2-7b llama-2-13b llama-2-70b small
     LEMUR_FAST_CPU=avx2 python -m benchmarks.ops        # the kernels of another instruction set
@@ -36,8 +36,9 @@ from benchmarks.harness import (
     Row,
     command_line,
     copy_run,
+    dtype_to_measure,
     keep_freed_memory,
-    machine,
+    machine_and_dtype,
     matrix_peak,
     phases_in_turns,
     write_rows,
@@ -56,8 +57,8 @@ Shape = Literal["llama-2-7b", "llama-2-13b", "llama-2-70b", "small"]
 class Arguments:
     """Times the ops against everyone who has them."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of every tensor."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of every tensor; auto is bfloat16, or float32 on a CPU that only emulates it."""
     device: str = "cpu"
     """Where: cpu or cuda."""
     shapes: tuple[Shape, ...] = ("llama-2-7b", "llama-2-13b", "small")
@@ -70,6 +71,9 @@ class Arguments:
     """Budget for one op at one shape: where all its rivals take longer there are fewer rounds, but at least three."""
     json: Path | None = None
     """Also write a JSON line for each rival, op and direction."""
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_to_measure(self.dtype, self.device)  # type: ignore[assignment]
 
 
 @dataclass
@@ -338,7 +342,7 @@ def main(arguments: Arguments) -> list[Row]:
     """Measures and prints."""
     console = Console(width=180, highlight=False)
     chosen, device = chosen_cases(arguments), torch.device(arguments.device)
-    console.print(machine(device))
+    console.print(machine_and_dtype(arguments.dtype, device))
     if _compiled.missing and device.type == "cpu":
         raise SystemExit(f"lemur_fast: {_compiled.missing}")
     if device.type == "cpu":

@@ -1,6 +1,6 @@
 """A whole training step, side by side: Hugging Face eager, sdpa and compiled against lemur_fast.
 
-    python -m benchmarks.train_step                     # bfloat16, one packed row of 4096 tokens, about five minutes
+    python -m benchmarks.train_step                     # one packed row of 4096 tokens, about five minutes
     python -m benchmarks.train_step --dtype float32
     python -m benchmarks.train_step --documents 1       # one document fills the row: attention at its dearest
     python -m benchmarks.train_step --device cuda --model llama-2-7b --batch drawn --rounds 10
@@ -39,8 +39,9 @@ from benchmarks.harness import (
     Measurement,
     Row,
     command_line,
+    dtype_to_measure,
     in_turns,
-    machine,
+    machine_and_dtype,
     rows_of_measurements,
     write_rows,
 )
@@ -74,14 +75,17 @@ class Arguments:
     """Hidden size of the small model; heads have 64 dimensions, the MLP is 8/3 as wide, the vocabulary 32,000."""
     device: str = "cpu"
     """Where: cpu or cuda."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and activations; auto is bfloat16, or float32 on a CPU that only emulates it."""
     rounds: int = 5
     """Timed steps of each rival."""
     only: tuple[str, ...] = ()
     """Parts of the names of the rivals to run; all by default."""
     json: Path | None = None
     """Also write a JSON line for each rival."""
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_to_measure(self.dtype, self.device)  # type: ignore[assignment]
 
 
 def model_config(arguments: Arguments) -> LlamaConfig:
@@ -368,7 +372,7 @@ def main(arguments: Arguments) -> list[Row]:
     arguments.layers = config.num_hidden_layers
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
-    console.print(machine(device))
+    console.print(machine_and_dtype(arguments.dtype, device))
     console.print(f"{parameters / 1e6:.1f} M parameters, {arguments.layers} layers, width {config.hidden_size}")
     if arguments.model == "llama-2-7b" and arguments.layers < 32:
         console.print(f"LLaMA-2-7B has 32 layers; {arguments.layers} is what this device's memory can train")

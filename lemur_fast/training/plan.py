@@ -107,9 +107,9 @@ def plan(
     parameters = in_layers + ends + (2 * layers + 1) * h
     layer = in_layers / layers + 2 * h
 
-    # Elements that a layer keeps of a token for its backward: two norms' inputs and outputs, q, k, v and attention's
-    # output, gate and up. Selective: its input, attention's output and every second product (q, v, gate, down).
-    whole = 4 * h + 2 * q + 2 * k + 2 * i
+    # Elements that a layer keeps of a token for its backward: two norms' inputs, q, k, v and attention's output,
+    # gate and up. Selective: its input, attention's output and every second product (q, v, gate, down).
+    whole = 2 * h + 2 * q + 2 * k + 2 * i
     kept = {"none": whole, "full": h, "selective": h + 2 * q + k + i + h}[checkpointing]
     once = 0 if checkpointing == "none" else whole  # the layer that is being computed again
     whole_gradients = micro_batches > 1 and not sync_every

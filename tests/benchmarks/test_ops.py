@@ -74,7 +74,7 @@ def test_a_rival_that_fails_is_named_and_the_others_are_timed(monkeypatch):
         "Liger": peers.OPS["swiglu"]["Liger"],
     }
     monkeypatch.setitem(peers.OPS, "swiglu", rivals)
-    rows = ops.measure(tiny("swiglu"), ops.Arguments(rounds=3))
+    rows = ops.measure(tiny("swiglu"), ops.Arguments(dtype="bfloat16", rounds=3))
     by_rival = {row.rival: row for row in rows if row.direction == "forward"}
     assert by_rival["lemur_fast"].error.startswith("wrong: relative error")
     assert by_rival["lemur_fast"].median is None

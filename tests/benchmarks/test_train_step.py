@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import harness, train_step
+from benchmarks import attention, chat, harness, ops, train_step
 
 
 def make_sleeper(seconds):
@@ -121,3 +121,21 @@ def test_a_wrong_loss_prints_no_time(arguments):
     (line,) = [line for line in lines if train_step.BASELINE in line and "7.00000" in line]
     assert "128" in line  # tokens/s
     assert "4.00" in line  # times the floor
+
+
+@pytest.mark.parametrize("arguments", [train_step.Arguments, chat.Arguments, ops.Arguments, attention.Arguments])
+def test_float32_is_the_default_where_bfloat16_is_emulated(arguments, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert arguments().dtype == "float32"
+    assert arguments(dtype="bfloat16").dtype == "bfloat16"
+    assert "torch emulates bfloat16 on this CPU" in harness.machine_and_dtype("float32")
+    assert harness.machine_and_dtype("bfloat16") == harness.machine()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert arguments().dtype == "bfloat16"
+    assert arguments(dtype="float32").dtype == "float32"
+    assert harness.machine_and_dtype("float32") == harness.machine()
+
+
+def test_bfloat16_is_the_default_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert train_step.Arguments(device="cuda").dtype == "bfloat16"
