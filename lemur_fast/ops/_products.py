@@ -435,13 +435,13 @@ def linears(x: Tensor, weights: Sequence[Tensor], normed: Normed | None = None) 
     Returns:
         ``[..., N]`` of each.
     """
-    widened = [serves(x, weight) for weight in weights]
-    if (
+    separate = (
         not torch.is_grad_enabled()
         or x.is_meta  # autocast does not know it
         or torch.is_autocast_enabled(x.device.type)  # it casts a weight once for all of its uses
-        or any(widened) != all(widened)
-    ):
+    )
+    widened = [] if separate else [serves(x, weight) for weight in weights]
+    if separate or any(widened) != all(widened):
         return tuple(linear(x, weight) for weight in weights)
     if normed is None or not x.requires_grad:  # a norm without a gradient keeps nothing
         return _Linears.apply(x, None, None, 0.0, "", all(widened), *weights)
