@@ -76,12 +76,12 @@ def dtype_to_measure(asked: str, device: str) -> str:
 
 
 def machine_and_dtype(dtype: str, device: torch.device = CPU) -> str:
-    """`machine`, and why it is float32 where it is that by default."""
+    """`machine`, and where float32 is the default, why."""
     if device.type != "cpu" or dtype != "float32" or compute_dtype(CPU) == torch.bfloat16:
         return machine(device)
     return (
-        f"{machine(device)}\nfloat32, since torch emulates bfloat16 on this CPU: --dtype bfloat16 measures that, in "
-        "which a training step of stock Hugging Face takes minutes"
+        f"{machine(device)}\nfloat32 is the default here: as far as torch tells, this CPU emulates bfloat16, in which "
+        "a step of stock Hugging Face may take minutes (--dtype bfloat16)"
     )
 
 

@@ -48,6 +48,7 @@ from lemur_fast import ops
 from lemur_fast.llama.binding import (
     CACHE,
     DTensor,
+    FSDPModule,
     every_module_is_watched,
     is_replaced_by,
     is_watched,
@@ -250,8 +251,11 @@ def _run_layer(
 
 def _made_of(stream: Tensor, norm: nn.Module, module: nn.Module, forward: Callable) -> dict[str, Normed]:
     """The argument that tells `module`, where it runs `forward`, what `norm` made its input of."""
-    if not is_replaced_by(module, forward) or type(norm.weight) is not nn.Parameter:
-        return {}  # a norm that FSDP2 shards by itself holds but a share of its weight now
+    # Sharded apart from their layer, a norm's weight is gone again until its own backward, and FSDP2 casts what goes in
+    # and out of either.
+    apart = isinstance(norm, FSDPModule) or isinstance(module, FSDPModule)
+    if apart or not is_replaced_by(module, forward) or type(module).__call__ is not nn.Module.__call__:
+        return {}
     return {"normed": Normed(stream, norm.weight, norm.variance_epsilon)}  # type: ignore[arg-type]
 
 

@@ -361,6 +361,8 @@ once_differentiable("linears_bwd")
 
 
 class _Linears(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor,
@@ -384,6 +386,8 @@ class _Linears(torch.autograd.Function):
             x = None
         ctx.save_for_backward(x, hidden, norm_weight, *(weights if of_x else ()))
         ctx.set_materialize_grads(False)
+        if not of_x:  # else what lies behind a frozen layer would be differentiated
+            ctx.mark_non_differentiable(*(y for y, want in zip(output, of_weights, strict=True) if not want))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:

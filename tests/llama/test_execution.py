@@ -310,6 +310,28 @@ def shard(model: nn.Module, mesh: DeviceMesh, head: str, policy: MixedPrecisionP
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+@pytest.mark.parametrize("apart", ["norms", "mlp", "self_attn"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_fsdp2_of_norms_or_what_follows_them_alone(mesh: DeviceMesh, apart: str, checkpointed: bool) -> None:
+    """Their results are kept: FSDP2 would cast what they are made again of, and frees a norm's weight in between."""
+    ours, stock = pair()
+    if checkpointed:
+        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in ours.model.layers:
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        for module in norms if apart == "norms" else [getattr(layer, apart)]:
+            fully_shard(module, mesh=mesh, reshard_after_forward=checkpointed)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    batch = packed(documents())
+    losses = [ours(**batch).loss for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    expected = separate_documents(stock, documents())
+    found = {name: gradient.full_tensor() / 2 for name, gradient in gradients(ours).items()}
+    assert_same((losses[0].detach(), found), expected)
+
+
 @pytest.mark.parametrize("first", ["accelerate", "shard"])
 @pytest.mark.parametrize("head", ["in the root", "own", "with the norm", "tied"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

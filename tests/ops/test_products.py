@@ -497,18 +497,55 @@ def test_a_norm_that_changed_meanwhile_is_noticed(in_bfloat16):
         y.sum().backward()
 
 
-def test_compilers_do_not_keep_a_norms_result(in_bfloat16):
-    """Theirs to choose: they may move what hangs on no gradient into the forward, and keep it."""
-    given = [t.requires_grad_() for t in (bfloat16(70, 64), bfloat16(64), bfloat16(90, 64), bfloat16(9, 64))]
-    compiled = torch.compile(
-        functools.partial(of_norm, again=True), fullgraph=True, backend="aot_eager_decomp_partition"
-    )
+def test_inductor_does_not_keep_the_result_of_a_norm_that_adds(in_bfloat16):
+    """It could: what hangs on no gradient may be moved into the forward."""
+
+    def layers(x, residual, norm_weight, *weights):
+        y, h = lf.ops.rms_norm(x, norm_weight, residual=residual)
+        return *_products.linears(y, weights, Normed(h, norm_weight, 1e-5)), h
+
+    shapes = (70, 64), (70, 64), (64,), (90, 64), (9, 64)
+    given = [bfloat16(*shape).requires_grad_() for shape in shapes]
+    compiled = torch.compile(layers, fullgraph=True)
     compiled(*given)
-    outputs, kept = kept_by(compiled, *given)
-    assert kept == 70 * 4
+    (*outputs, h), kept = kept_by(compiled, *given)
+    assert kept == h.nbytes + 70 * 4
     found = torch.autograd.grad(sum(y.sum() for y in outputs), given)
-    for a, b in zip(found, torch.autograd.grad(sum(y.sum() for y in of_norm(*given, again=True)), given), strict=True):
+    expected = torch.autograd.grad(sum(y.sum() for y in layers(*given)[:-1]), given)
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("where", ["in_bfloat16", "in_float32"])
+def test_layers_of_one_input_in_batches(where, request):
+    if where == "in_bfloat16":
+        request.getfixturevalue("in_bfloat16")
+    x, weights = bfloat16(3, 70, 8), [bfloat16(n, 8).requires_grad_() for n in (9, 5)]
+    batched = torch.vmap(lambda x: _products.linears(x, weights))(x)
+    for i in range(3):
+        for y, expected in zip(batched, _products.linears(x[i], weights), strict=True):
+            torch.testing.assert_close(y[i], expected)
+
+
+def test_gradients_of_layers_of_one_input_in_batches(in_bfloat16):
+    given = [bfloat16(n, 8).requires_grad_() for n in (70, 9, 5)]
+    outputs, dys = ours_of(*given), [bfloat16(4, 70, n) for n in (9, 5)]
+    found = torch.autograd.grad(outputs, given, dys, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        expected = torch.autograd.grad(outputs, given, [dy[i] for dy in dys], retain_graph=True)
+        for batch, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(batch[i], one)
+
+
+@pytest.mark.parametrize("where", ["in_bfloat16", "in_float32"])
+def test_a_frozen_layer_of_a_frozen_input_has_no_gradient(where, request):
+    if where == "in_bfloat16":
+        request.getfixturevalue("in_bfloat16")
+    x, frozen, trained = bfloat16(70, 8), bfloat16(9, 8), bfloat16(5, 8).requires_grad_()
+    outputs = _products.linears(x, [frozen, trained])
+    assert [y.requires_grad for y in outputs] == [False, True]
+    (dweight,) = torch.autograd.grad(outputs[1].sum(), trained)
+    torch.testing.assert_close(dweight, x.sum(0).expand(5, 8), rtol=2e-2, atol=2e-2)
 
 
 def test_a_second_derivative_behind_a_norm_is_right(in_bfloat16):
