@@ -15,7 +15,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> torch._ops.
 
     Args:
         schema: name and signature; functional, so no argument is mutated and no output aliases an input. The first
-            argument is a tensor.
+            argument is a tensor, or a list of some.
         implementation: runs it on real tensors of any device.
         fake: gives the outputs' shapes, dtypes and strides for tracing.
 
@@ -28,7 +28,8 @@ def define(schema: str, implementation: Callable, fake: Callable) -> torch._ops.
         # Autocast stays active inside an operator. The dtypes were settled by the public function, and the
         # reference must not have its float32 products turned into bfloat16 behind its back.
         if torch._C._is_any_autocast_enabled():  # half the time of asking for one type of device
-            with torch.autocast(args[0].device.type, enabled=False):
+            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            with torch.autocast(first.device.type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
 

@@ -432,6 +432,9 @@ def test_linears_bwd_is_an_operator():
     dys, x, weights = [bfloat16(70, 9), bfloat16(70, 5)], bfloat16(70, 8), [bfloat16(9, 8), bfloat16(5, 8)]
     for arguments in ((dys, x, weights, [True, False]), (dys, None, weights, [False, False]), (dys, x, [], [True] * 2)):
         torch.library.opcheck(torch.ops.lemur_fast.linears_bwd.default, arguments)
+        with torch.autocast("cpu", dtype=torch.float16):
+            dx, _ = torch.ops.lemur_fast.linears_bwd(*arguments)
+        assert dx.dtype == torch.bfloat16
 
 
 # ---- an input that a norm made ---------------------------------------------------------------------------------------
