@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,3 +76,17 @@ def compare(
         assert_as_good(f"output {i}", *triple, floor)
     for name, triple in zip(grads, zip(ours_grads, stock_grads, exact_grads, strict=True), strict=True):
         assert_as_good(f"gradient of {name}", *triple, floor)
+
+
+def kept_by(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, int]:
+    """What a call returns, and the bytes that it keeps for backward, of storages that its inputs do not hold anyway."""
+    held, kept = {x.untyped_storage().data_ptr() for x in inputs}, {}
+
+    def note(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in held:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = function(*inputs)
+    return result, sum(kept.values())

@@ -12,7 +12,7 @@ import lemur_fast as lf
 from lemur_fast import _compiled
 from lemur_fast.ops import _products
 from lemur_fast.ops.rms_norm import Normed
-from tests.criterion import compare
+from tests.criterion import compare, kept_by
 
 
 @pytest.fixture(autouse=True)
@@ -444,20 +444,6 @@ def of_norm(h, norm_weight, *weights, again):
     """Layers behind a norm, whose result is made again or kept."""
     x = lf.ops.rms_norm(h, norm_weight)
     return _products.linears(x, weights, Normed(h, norm_weight, 1e-5) if again else None)
-
-
-def kept_by(function, *given):
-    """Bytes that are kept for backward, of storages that the caller does not hold anyway."""
-    held, kept = {x.untyped_storage().data_ptr() for x in given}, {}
-
-    def note(x):
-        if x.untyped_storage().data_ptr() not in held:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        outputs = function(*given)
-    return outputs, sum(kept.values())
 
 
 @pytest.mark.parametrize("where", ["in_bfloat16", "in_float32"])
