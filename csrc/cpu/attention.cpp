@@ -14,6 +14,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/matmul.h"
 #include "cpu/ops.h"
@@ -176,24 +177,25 @@ bool streams(const T* result, int64_t tokens, int64_t heads, int64_t head_dim) {
 
 // ---- sums over keys and over queries ----
 
-// out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock]. The sums of Fma lie row
-// by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
+// out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock], a result as a b. The sums
+// lie row by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
 template <typename Policy>
 struct KeySums {
-  static constexpr bool kOwnPack = false;
+  using Element = typename Policy::Element;
   float* out;  // [kBlock, width]
   int64_t width;
 
   template <typename T>
-  static void pack(const Rows<T>& x, int64_t width, float* packed) {
-    Policy::pack_a(x, width, packed);
+  static void pack(const Rows<T>& x, int64_t width, Element* packed) {
+    Policy::pack_b(x, width, packed);
   }
   void clear(int64_t lanes) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(lanes * width)); }
   // Adds those of a block of keys, or with `first` sets them.
-  void add(const Policy&, const Bands<Policy>& bands, const float* w, const float* x, float*, bool first) const {
+  void add(const Policy&, const Bands<Policy>& bands, const Element* w, const Element* x, bool first) const {
     const int64_t past = round_up(bands.queries, Policy::kStep), step = bands.mask.diagonal ? Policy::kStep : past;
     for (int64_t query = 0; query < past; query += step) {
-      Policy::template product<true>(step, width, bands.past_key(query + step), w + query, kBlock, x, width,
+      const int64_t keys = round_up(bands.past_key(query + step), Policy::kDepth);
+      Policy::template product<true>(step, width, keys, w + Policy::column(query), Policy::kResultStride, x, width,
                                      out + query * width, width, !first);
     }
   }
@@ -215,10 +217,9 @@ struct KeySums {
 };
 
 #if defined(LEMUR_ISA_AMX)
-// Those of tiles are transposed, so that w is a right operand as it lies, in pairs of rows.
+// Those of tiles, which take no transposed left operand, are transposed themselves.
 template <>
 struct KeySums<Tiles> {
-  static constexpr bool kOwnPack = true;
   float* out;  // [width, kBlock]
   int64_t width;
 
@@ -226,15 +227,14 @@ struct KeySums<Tiles> {
     Tiles::pack_transposed_a(x, width, packed);
   }
   void clear(int64_t) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width)); }
-  void add(const Tiles& tiles, const Bands<Tiles>& bands, const float* w, const bfloat16* x, bfloat16* memory,
-           bool first) const {
+  void add(const Tiles& tiles, const Bands<Tiles>& bands, const bfloat16* w, const bfloat16* x, bool first) const {
     // Bands have fewer lanes, the lower they lie: the first one sets all, unless it begins later itself.
     const bool sets = first && bands.first_lane(0) == 0;
     if (first && !sets) clear(bands.lanes);
-    const bfloat16* right = Tiles::as_b(w, bands.keys, bands.lanes, memory);
     bands.each([&](int64_t row, int64_t many, int64_t lane) {
-      tiles.product(width, bands.lanes - lane, many, x + row, kBlock, right + row * kBlock + Tiles::column(lane),
-                    kBlock, out + lane, kBlock, !sets || row > 0);
+      tiles.product(width, bands.lanes - lane, many, x + row, kBlock,
+                    w + row * Tiles::kResultStride + Tiles::column(lane), Tiles::kResultStride, out + lane, kBlock,
+                    !sets || row > 0);
     });
   }
   void scale(int64_t lane, int64_t, const float* factors) const {
@@ -259,25 +259,24 @@ struct KeySums<Tiles> {
 };
 #endif
 
-// Adds sum_i w_ij x_i to out_j for the keys j of a block, or with `first` sets out_j to it.
+// Adds sum_i w_ij x_i to out_j for the keys j of a block, or with `first` sets out_j to it; w a result as an a.
 template <typename Policy>
-void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const float* w, const typename Policy::Element* x,
-                    int64_t width, typename Policy::Element* memory, float* out, bool first) {
-  const auto* left = Policy::as_a(w, bands.keys, bands.lanes, memory);
+void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const typename Policy::Element* w,
+                    const typename Policy::Element* x, int64_t width, float* out, bool first) {
   const int64_t past = round_up(bands.queries, Policy::kDepth);
   const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
   for (int64_t row = 0; row < bands.keys; row += step) {
     const int64_t query = least(past, bands.first_query(row) / Policy::kDepth * Policy::kDepth);
     if (query == past && !first) return;
-    policy.product(step, width, past - query, left + row * kBlock + query, kBlock, x + query * width, width,
-                   out + row * width, width, !first);
+    policy.product(step, width, past - query, w + row * Policy::kResultStride + query, Policy::kResultStride,
+                   x + query * width, width, out + row * width, width, !first);
   }
 }
 
 // ---- forward ----
 
-// Turns products [rows, kBlock] into exp(s - largest) and brings the statistics of the lanes up to date; the output so
-// far is rescaled to them.
+// Turns products [rows, kBlock] into exp(s - largest), as a b, and brings the statistics of the lanes up to date; the
+// output so far is rescaled to them.
 template <typename Policy, bool kSoftcap>
 void softmax_block(const Scores<kSoftcap>& score, const Bands<Policy>& bands, float* s, int64_t keys, float* largest,
                    float* total, const KeySums<Policy>& output, bool first) {
@@ -298,11 +297,11 @@ void softmax_block(const Scores<kSoftcap>& score, const Bands<Policy>& bands, fl
     const Reg base = select(less(high, broadcast_reg(-FLT_MAX)), zero, high);
     const Reg shrink = exp2(sub(before, base));
     Reg sum = zero;
-    for (int64_t row = 0; row < rows; ++row) {
-      float* p = s + row * kBlock + lane;
-      const Reg weight = exp2(sub(load_reg(p), base));
-      store_reg(p, weight);
-      sum = add(sum, weight);
+    const auto weight_at = [&](int64_t row) { return exp2(sub(load_reg(s + row * kBlock + lane), base)); };
+    for (int64_t row = 0; row < rows; row += 2) {
+      const Reg weight = weight_at(row), next = row + 1 < rows ? weight_at(row + 1) : zero;
+      Policy::store_as_b(s, row, lane, weight, next);
+      sum = add(add(sum, weight), next);
     }
     store_reg(largest + lane, high);
     store_reg(total + lane, fma(load_reg(total + lane), shrink, sum));
@@ -318,12 +317,12 @@ struct Forward {
   const Attention& a;
   const Policy policy{};
   const Scores<kSoftcap> score{a};
-  const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
+  const int64_t width = round_up(a.head_dim, Policy::kHeadWidth), group = a.q_heads / a.kv_heads;
   const bool streamed = streams(static_cast<const T*>(a.out), a.query_tokens, a.q_heads, a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
-    const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
-    return 2 * blocks_of(longest) * pack + pack + kBlock * width + kBlock * kBlock + Policy::result_size() + 2 * kBlock;
+    const int64_t width = round_up(a.head_dim, Policy::kHeadWidth), pack = round_up(Policy::pack_size(width), 16);
+    return 2 * blocks_of(longest) * pack + pack + kBlock * width + kBlock * kBlock + 2 * kBlock;
   }
 
   void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
@@ -332,7 +331,6 @@ struct Forward {
     const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks), query(arena, pack, 1);
     const KeySums<Policy> output{arena.floats(kBlock * width), width};
     float* s = arena.floats(kBlock * kBlock);
-    auto* converted = arena.packs(Policy::result_size(), 1);
     float* largest = arena.floats(kBlock);
     float* total = arena.floats(kBlock);
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
@@ -365,7 +363,7 @@ struct Forward {
           });
           softmax_block(score, bands, s, rows, largest, total, output, key_block == begin);
           std::memset(s + rows * kBlock, 0, sizeof(float) * static_cast<size_t>((padded - rows) * kBlock));
-          output.add(policy, bands, s, values[key_block], converted, key_block == begin);
+          output.add(policy, bands, Policy::operand(s), values[key_block], key_block == begin);
         }
         finish(doc.query_start + first, head, count, largest, total, output);
       }
@@ -389,15 +387,15 @@ struct Backward {
   const Attention& a;
   const Policy policy{};
   const Scores<kSoftcap> score{a};
-  const int64_t width = round_up(a.head_dim, Policy::kWidth), group = a.q_heads / a.kv_heads;
+  const int64_t width = round_up(a.head_dim, Policy::kHeadWidth), group = a.q_heads / a.kv_heads;
   const bool streamed = streams(static_cast<const T*>(a.dq), a.query_tokens, a.q_heads, a.head_dim) &&
                         streams(static_cast<const T*>(a.dk), a.key_tokens, a.kv_heads, a.head_dim) &&
                         streams(static_cast<const T*>(a.dv), a.key_tokens, a.kv_heads, a.head_dim);
 
   static int64_t scratch_floats(const Attention& a, int64_t longest) {
-    const int64_t width = round_up(a.head_dim, Policy::kWidth), pack = round_up(Policy::pack_size(width), 16);
-    return blocks_of(longest) * ((2 + KeySums<Policy>::kOwnPack) * pack + 2 * kBlock * width) + 4 * pack +
-           kBlock * width + 2 * kBlock + 2 * kBlock * kBlock + Policy::result_size();
+    const int64_t width = round_up(a.head_dim, Policy::kHeadWidth), pack = round_up(Policy::pack_size(width), 16);
+    return blocks_of(longest) * ((2 + Policy::kPaired) * pack + 2 * kBlock * width) + 4 * pack + kBlock * width +
+           2 * kBlock + (2 + Policy::kPaired) * kBlock * kBlock;
   }
 
   void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
@@ -405,7 +403,7 @@ struct Backward {
     const int64_t pack = round_up(Policy::pack_size(width), 16), block_size = kBlock * width;
     const int64_t key_blocks = blocks_of(doc.keys);
     const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks);
-    const Packs<Policy> keys_summed = KeySums<Policy>::kOwnPack ? Packs<Policy>(arena, pack, key_blocks) : keys;
+    const Packs<Policy> keys_summed = Policy::kPaired ? Packs<Policy>(arena, pack, key_blocks) : keys;
     auto *query = arena.packs(pack, 1), *query_turned = arena.packs(pack, 1);
     auto *dout = arena.packs(pack, 1), *dout_turned = arena.packs(pack, 1);
     float* dk = arena.floats(key_blocks * block_size);
@@ -415,7 +413,7 @@ struct Backward {
     float* delta = arena.floats(kBlock);
     float* p = arena.floats(kBlock * kBlock);
     float* ds = arena.floats(kBlock * kBlock);
-    auto* converted = arena.packs(Policy::result_size(), 1);
+    float* ds_paired = Policy::kPaired ? arena.floats(kBlock * kBlock) : ds;
 
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     const int64_t first_packed = visible.first_key_block(0);
@@ -436,7 +434,7 @@ struct Backward {
           const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
           const auto v = block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
           Policy::pack_a(k, width, keys[packed]);
-          if constexpr (KeySums<Policy>::kOwnPack) KeySums<Policy>::pack(k, width, keys_summed[packed]);
+          if constexpr (Policy::kPaired) KeySums<Policy>::pack(k, width, keys_summed[packed]);
           Policy::pack_a(v, width, values[packed]);
         }
         for (int64_t key_block = begin; key_block < end; ++key_block) {
@@ -450,11 +448,11 @@ struct Backward {
             policy.product(many, lanes - lane, width, values[key_block] + left, width, dout_turned + right, kBlock,
                            ds + at, kBlock, false);
           });
-          gradients_of_scores(bands, p, ds, rows, lse, delta);
+          gradients_of_scores(bands, p, ds, ds_paired, rows, lse, delta);
           const int64_t at = key_block * block_size;
-          add_query_sums(policy, bands, p, dout, width, converted, dv + at, key_block >= past_summed);
-          add_query_sums(policy, bands, ds, query, width, converted, dk + at, key_block >= past_summed);
-          dq.add(policy, bands, ds, keys_summed[key_block], converted, key_block == begin);
+          add_query_sums(policy, bands, Policy::operand(p), dout, width, dv + at, key_block >= past_summed);
+          add_query_sums(policy, bands, Policy::operand(ds), query, width, dk + at, key_block >= past_summed);
+          dq.add(policy, bands, Policy::operand(ds_paired), keys_summed[key_block], key_block == begin);
         }
         T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
         dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim, streamed);
@@ -494,30 +492,34 @@ struct Backward {
     }
   }
 
-  // From products to probabilities (p) and gradients of products (ds), but for the scale.
-  void gradients_of_scores(const Bands<Policy>& bands, float* p, float* ds, int64_t rows, const float* lse,
-                           const float* delta) const {
-    const BlockMask& mask = bands.mask;
+  // From products to probabilities (p) and gradients of products (ds), but for the scale: each as an a, and ds as a b,
+  // too.
+  void gradients_of_scores(const Bands<Policy>& bands, float* p, float* ds, float* ds_paired, int64_t rows,
+                           const float* lse, const float* delta) const {
     const Reg zero = broadcast_reg(0.f);
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; row += 2) {
       for (int64_t lane = bands.first_lane(row); lane < bands.lanes; lane += kRegLanes) {
-        float* p_at = p + row * kBlock + lane;
-        float* ds_at = ds + row * kBlock + lane;
-        Reg slope = zero;
-        Reg weight = exp2(sub(score(load_reg(p_at), slope), load_reg(lse + lane)));
-        Reg gradient = mul(weight, sub(load_reg(ds_at), load_reg(delta + lane)));
-        if constexpr (kSoftcap) gradient = mul(gradient, slope);
-        if (mask.needed) {
-          weight = mask(weight, zero, row, lane);
-          gradient = mask(gradient, zero, row, lane);
+        Reg weight[2] = {zero, zero}, gradient[2] = {zero, zero};
+        for (int64_t i = 0; i < least(2, rows - row); ++i) {
+          const int64_t at = (row + i) * kBlock + lane;
+          Reg slope = zero;
+          weight[i] = exp2(sub(score(load_reg(p + at), slope), load_reg(lse + lane)));
+          gradient[i] = mul(weight[i], sub(load_reg(ds + at), load_reg(delta + lane)));
+          if constexpr (kSoftcap) gradient[i] = mul(gradient[i], slope);
+          if (bands.mask.needed) {
+            weight[i] = bands.mask(weight[i], zero, row + i, lane);
+            gradient[i] = bands.mask(gradient[i], zero, row + i, lane);
+          }
         }
-        store_reg(p_at, weight);
-        store_reg(ds_at, gradient);
+        Policy::store_as_a(p, row, lane, weight[0], weight[1]);
+        Policy::store_as_a(ds, row, lane, gradient[0], gradient[1]);
+        if constexpr (Policy::kPaired) Policy::store_as_b(ds_paired, row, lane, gradient[0], gradient[1]);
       }
     }
     const auto rest = sizeof(float) * static_cast<size_t>((bands.keys - rows) * kBlock);
     std::memset(p + rows * kBlock, 0, rest);
     std::memset(ds + rows * kBlock, 0, rest);
+    if constexpr (Policy::kPaired) std::memset(ds_paired + rows * kBlock, 0, rest);
   }
 
   void write_rows(const float* x, int64_t count, float factor, T* out) const {
@@ -553,21 +555,12 @@ void run_tasks(const Attention& a) {
   });
 }
 
-template <typename T>
-constexpr bool kIsBFloat16 = false;
-template <>
-constexpr bool kIsBFloat16<bfloat16> = true;
-
 template <template <typename, typename, bool> class Run>
 void run(const Attention& a) {
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-#if defined(LEMUR_ISA_AMX)
-    if constexpr (kIsBFloat16<T>) {
-      return a.softcap != 0.f ? run_tasks<Run<T, Tiles, true>>(a) : run_tasks<Run<T, Tiles, false>>(a);
-    }
-#endif
-    a.softcap != 0.f ? run_tasks<Run<T, Fma, true>>(a) : run_tasks<Run<T, Fma, false>>(a);
+    using Policy = std::conditional_t<std::is_same_v<T, bfloat16>, BFloat16Policy, Fma>;
+    a.softcap != 0.f ? run_tasks<Run<T, Policy, true>>(a) : run_tasks<Run<T, Policy, false>>(a);
   });
 }
 

@@ -26,6 +26,11 @@ namespace avx512 {
 extern const Kernels kTable;
 }
 #endif
+#ifdef LEMUR_FAST_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels kTable;
+}
+#endif
 #ifdef LEMUR_FAST_AMX
 namespace amx {
 extern const Kernels kTable;
@@ -50,6 +55,8 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 
 #ifdef LEMUR_FAST_EMULATE  // made of AVX2, for tests
 bool has_avx512() { return has_avx2(); }
+bool has_avx512_bf16() { return has_avx2(); }
+bool dots_at_full_rate() { return true; }
 #ifdef LEMUR_FAST_AMX
 bool has_amx() { return has_avx2(); }
 #endif
@@ -57,6 +64,15 @@ bool has_amx() { return has_avx2(); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Whether a product of pairs of bfloat16 takes no longer than an fma. It does, twice as long, on Intel's chips with fp16
+// arithmetic, which were made for AMX (lemur_fast/ops/_products.py has the same rule).
+bool dots_at_full_rate() {
+  unsigned registers[4];
+  return !cpuid_bit(7, registers, 3, 23);
 }
 
 #ifdef LEMUR_FAST_AMX
@@ -72,8 +88,7 @@ bool may_use_tiles() {
 
 bool has_amx() {
   unsigned registers[4];
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && cpuid_bit(7, registers, 3, 22) &&
-         cpuid_bit(7, registers, 3, 24) && may_use_tiles();
+  return has_avx512_bf16() && cpuid_bit(7, registers, 3, 22) && cpuid_bit(7, registers, 3, 24) && may_use_tiles();
 }
 #endif
 #endif
@@ -90,8 +105,16 @@ const std::vector<Isa>& isas() {
 #ifdef LEMUR_FAST_AMX
       {&amx::kTable, has_amx()},
 #endif
+#ifdef LEMUR_FAST_AVX512_BF16
+      {&avx512_bf16::kTable, has_avx512_bf16() && dots_at_full_rate()},
+#endif
 #ifdef LEMUR_FAST_X86
       {&avx512::kTable, has_avx512()},
+#endif
+#ifdef LEMUR_FAST_AVX512_BF16
+      {&avx512_bf16::kTable, has_avx512_bf16() && !dots_at_full_rate()},
+#endif
+#ifdef LEMUR_FAST_X86
       {&avx2::kTable, has_avx2()},
 #endif
       {&generic::kTable, true},

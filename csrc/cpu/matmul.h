@@ -1,13 +1,17 @@
 // Products of small matrices in scratch memory, for attention: c[m, n] = a[m, k] b[k, n], or c += a b.
 //
-// Two policies, so that a kernel is written once, but for its sums over keys (KeySums):
+// Three policies, so that a kernel is written once, but for the sums over keys of tiles (KeySums):
 //
 //   Fma     float operands, on any instruction set
+//   Dots    bfloat16 operands with AVX-512's product of pairs, float results
 //   Tiles   bfloat16 operands on AMX tiles, float results
 //
-// c is float, row by row. a is row by row. b is row by row for Fma; for Tiles two rows lie side by side, element by
-// element ("paired"), as the tile product wants them. Operands are blocks of kBlock tokens by the head dimension,
-// padded with zeros. n, and every head dimension, must be a multiple of kWidth; m of kStep; k of kDepth.
+// c is float, row by row. a is row by row. b is row by row for Fma; for the others two rows lie side by side, element
+// by element ("paired"), as their products want them. Operands are blocks of kBlock tokens by the head dimension, padded
+// with zeros. n must be a multiple of kWidth, m of kStep, k of kDepth, and the head dimension of kHeadWidth.
+//
+// A result [rows, kBlock] that is an operand of the next product is written over itself as such, by two rows: their
+// elements stay where their floats begin, so that an operand's row has kResultStride elements.
 #pragma once
 
 #include "cpu/vec.h"
@@ -28,11 +32,88 @@ struct Rows {
   int64_t width;
 };
 
+// A product in registers, of units of four bytes: a float, or a pair of bfloat16, two of k. Operand::multiply(left,
+// right, sum) is the sum with the units' products added. Strides are in units.
+template <typename Operand>
+struct Registers {
+  static constexpr int64_t kStep = 4;
+
+  // With `kTurned`, a is given as its transpose [k, m].
+  template <bool kTurned>
+  static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+    int64_t column = 0;
+    for (; column + kPanel * kRegLanes <= n; column += kPanel * kRegLanes) {
+      panel<kPanel, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+    }
+    switch ((n - column) / kRegLanes) {
+      case 1:
+        return panel<1, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+      case 2:
+        return panel<2, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+      case 3:
+        return panel<3, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
+    }
+  }
+
+ private:
+  // Registers across, and registers of sums: as many as hide the latency of an fma and still fit the register file.
+#if defined(LEMUR_ISA_AVX512)
+  static constexpr int kPanel = 4, kSums = 16;
+#else
+  static constexpr int kPanel = 2, kSums = 8;
+#endif
+
+  // The fewer registers across, the more rows at a time.
+  template <int kColumns, bool kTurned>
+  static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                    int64_t c_stride, bool accumulate) {
+    constexpr int kTall = kColumns < kPanel ? kSums / kColumns / kStep * kStep : kStep;
+    const int64_t row_step = kTurned ? 1 : a_stride;
+    int64_t row = 0;
+    for (; row + kTall <= m; row += kTall) {
+      tile<kTall, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
+                                     accumulate);
+    }
+    for (; row < m; row += kStep) {
+      tile<kStep, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
+                                     accumulate);
+    }
+  }
+
+  template <int kRows, int kColumns, bool kTurned>
+  static void tile(int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                   int64_t c_stride, bool accumulate) {
+    Reg sums[kRows][kColumns];
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) {
+        sums[i][j] = accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
+      }
+    }
+    for (int64_t step = 0; step < k; ++step) {
+      Reg right[kColumns];
+      for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
+      for (int i = 0; i < kRows; ++i) {
+        const Reg left = broadcast_reg(kTurned ? a[step * a_stride + i] : a[i * a_stride + step]);
+        for (int j = 0; j < kColumns; ++j) sums[i][j] = Operand::multiply(left, right[j], sums[i][j]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
+    }
+  }
+};
+
 struct Fma {
   using Element = float;
   static constexpr int64_t kWidth = kRegLanes;
-  static constexpr int64_t kStep = 4;
+  static constexpr int64_t kHeadWidth = kRegLanes;
+  static constexpr int64_t kStep = Registers<Fma>::kStep;
   static constexpr int64_t kDepth = 1;
+  static constexpr int64_t kResultStride = kBlock;
+  static constexpr bool kPaired = false;
+
+  static Reg multiply(Reg left, Reg right, Reg sum) { return fma(left, right, sum); }
 
   // Floats of scratch memory that a pack of one block takes.
   static int64_t pack_size(int64_t width) { return kBlock * width; }
@@ -60,6 +141,11 @@ struct Fma {
     for_lanes(width, streamed, [&](int64_t i, auto lanes) { unpack(x + i, by, out + i, lanes); });
   }
 
+  template <typename T>
+  static void pack_b(const Rows<T>& x, int64_t width, float* out) {
+    pack_a(x, width, out);
+  }
+
   // The transpose, as a b: [width, kBlock], as many columns as a pack has rows.
   template <typename T>
   static void pack_transposed_b(const Rows<T>& x, int64_t width, float* out) {
@@ -79,38 +165,23 @@ struct Fma {
     turn(out, padded_rows(x), width, transposed);
   }
 
-  // A result [rows, kBlock] as an operand of the next product: it is one already.
-  static const float* as_a(const float* x, int64_t, int64_t, float*) { return x; }
+  static const float* operand(const float* result) { return result; }
+  // Rows `row` and `row + 1` of a result at a register of lanes, as an a, and as a b.
+  static void store_as_a(float* result, int64_t row, int64_t lane, Reg first, Reg second) {
+    store_reg(result + row * kBlock + lane, first);
+    store_reg(result + (row + 1) * kBlock + lane, second);
+  }
+  static void store_as_b(float* result, int64_t row, int64_t lane, Reg first, Reg second) {
+    store_as_a(result, row, lane, first, second);
+  }
 
-  // The memory that as_a may use.
-  static int64_t result_size() { return 0; }
-
-  // With `kTurned`, a is given as its transpose [k, m].
   template <bool kTurned = false>
   static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
                       int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
-    int64_t column = 0;
-    for (; column + kPanel * kRegLanes <= n; column += kPanel * kRegLanes) {
-      panel<kPanel, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-    }
-    switch ((n - column) / kRegLanes) {
-      case 1:
-        return panel<1, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-      case 2:
-        return panel<2, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-      case 3:
-        return panel<3, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-    }
+    Registers<Fma>::product<kTurned>(m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate);
   }
 
  private:
-  // Registers across, and registers of sums: as many as hide the latency of an fma and still fit the register file.
-#if defined(LEMUR_ISA_AVX512)
-  static constexpr int kPanel = 4, kSums = 16;
-#else
-  static constexpr int kPanel = 2, kSums = 8;
-#endif
-
   // Whole vectors lie in the order that is cheapest for T, the same in all packs, so that products of them are right.
   template <typename T>
   static void pack(const T* from, float* to, Full) {
@@ -153,71 +224,20 @@ struct Fma {
       }
     }
   }
-
-  // The fewer registers across, the more rows at a time.
-  template <int kColumns, bool kTurned>
-  static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                    int64_t c_stride, bool accumulate) {
-    constexpr int kTall = kColumns < kPanel ? kSums / kColumns / kStep * kStep : kStep;
-    const int64_t row_step = kTurned ? 1 : a_stride;
-    int64_t row = 0;
-    for (; row + kTall <= m; row += kTall) {
-      tile<kTall, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
-                                     accumulate);
-    }
-    for (; row < m; row += kStep) {
-      tile<kStep, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
-                                     accumulate);
-    }
-  }
-
-  template <int kRows, int kColumns, bool kTurned>
-  static void tile(int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                   int64_t c_stride, bool accumulate) {
-    Reg sums[kRows][kColumns];
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kColumns; ++j) {
-        sums[i][j] = accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
-      }
-    }
-    for (int64_t step = 0; step < k; ++step) {
-      Reg right[kColumns];
-      for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
-      for (int i = 0; i < kRows; ++i) {
-        const Reg left = broadcast_reg(kTurned ? a[step * a_stride + i] : a[i * a_stride + step]);
-        for (int j = 0; j < kColumns; ++j) sums[i][j] = fma(left, right[j], sums[i][j]);
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
-    }
-  }
 };
 
-#if defined(LEMUR_ISA_AMX)
+#if defined(LEMUR_ISA_AVX512_BF16)
 
-// Holds the tile registers of this thread while it lives. oneDNN configures its own before each of its kernels.
-struct Tiles {
+// Packs of bfloat16, zeros after the tokens that x has up to a multiple of kTokens.
+template <int64_t kTokens>
+struct Pairs {
   using Element = bfloat16;
-  static constexpr int64_t kWidth = 32;
-  static constexpr int64_t kStep = 32;
-  static constexpr int64_t kDepth = 32;
-
-  Tiles() {
-    alignas(64) uint8_t config[64] = {1};  // palette 1; then the bytes of a row, and the rows, of each tile
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;
-      config[48 + tile] = 16;
-    }
-    _tile_loadconfig(config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  static constexpr int64_t kHeadWidth = 32;
+  static constexpr int64_t kResultStride = 2 * kBlock;
+  static constexpr bool kPaired = true;
 
   static int64_t pack_size(int64_t width) { return kBlock * width / 2; }
   static int64_t column(int64_t n) { return 2 * n; }
-  static int64_t result_size() { return kBlock * kBlock / 2; }
 
   // [kBlock, width], of which, as of all packs, the tokens are written that x has, and zeros up to a multiple of 32.
   static void pack_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
@@ -266,25 +286,85 @@ struct Tiles {
     for_lanes(width, streamed, [&](int64_t i, auto lanes) { store(out + i, mul(load(x + i, lanes), by), lanes); });
   }
 
-  // `lanes` of [rows, kBlock] floats as [rows, kBlock] bfloat16.
-  static const bfloat16* as_a(const float* x, int64_t rows, int64_t lanes, bfloat16* out) {
-    for (int64_t row = 0; row < rows * kBlock; row += kBlock) {
-      for (int64_t i = row; i < row + lanes; i += kLanes) {
-        store_bits(out + i, round_for_tiles(load_reg(x + i), load_reg(x + i + kRegLanes)));
-      }
-    }
-    return out;
+  static bfloat16* operand(float* result) { return reinterpret_cast<bfloat16*>(result); }
+  // Rows `row` and `row + 1` of a result at a register of lanes, as an a, and as a b.
+  static void store_as_a(float* result, int64_t row, int64_t lane, Reg first, Reg second) {
+    store_rounded(operand(result) + row * kResultStride + lane, first);
+    store_rounded(operand(result) + (row + 1) * kResultStride + lane, second);
+  }
+  static void store_as_b(float* result, int64_t row, int64_t lane, Reg first, Reg second) {
+    store_bits(operand(result) + row * kResultStride + 2 * lane, round_pairs(first, second));
   }
 
-  // The same as pairs (row, row + 1).
-  static const bfloat16* as_b(const float* x, int64_t rows, int64_t lanes, bfloat16* out) {
-    for (int64_t row = 0; row < rows; row += 2, x += 2 * kBlock, out += 2 * kBlock) {
-      for (int64_t i = 0; i < lanes; i += kRegLanes) {
-        store_bits(out + 2 * i, join_upper(round_upper(load_reg(x + i)), round_upper(load_reg(x + kBlock + i))));
+ protected:
+  static void copy_row(const bfloat16* from, int64_t count, bfloat16* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_bits(to + i, load_bits(from + i));
+    if (i < count) std::memcpy(to + i, from + i, sizeof(bfloat16) * static_cast<size_t>(count - i));
+  }
+
+  static int64_t padded_rows(const Rows<bfloat16>& x) { return round_up(x.count, kTokens); }
+
+  // A multiple of kTokens rows of `width`: x itself, or a copy padded with zeros.
+  static Rows<bfloat16> whole(const Rows<bfloat16>& x, int64_t width, bfloat16* padded) {
+    if (x.count % kTokens == 0 && x.width == width) return x;
+    pack_a(x, width, padded);
+    return {padded, width, padded_rows(x), width};
+  }
+
+  // out[column, row] = x[row, column] of pairs; x_stride in elements, the rest in pairs, rows and columns multiples of
+  // 16.
+  static void turn(const bfloat16* x, int64_t x_stride, int64_t rows, int64_t columns, bfloat16* out,
+                   int64_t out_stride) {
+    alignas(64) uint32_t tile[16 * 16];
+    for (int64_t row = 0; row < rows; row += 16) {
+      for (int64_t column = 0; column < columns; column += 16) {
+        for (int i = 0; i < 16; ++i) store_bits(tile + 16 * i, load_bits(x + (row + i) * x_stride + 2 * column));
+        transpose_16x16(tile, 16, reinterpret_cast<uint32_t*>(out) + column * out_stride + row, out_stride);
       }
     }
-    return out - rows * kBlock;
   }
+};
+
+struct Dots : Pairs<16> {
+  static constexpr int64_t kWidth = kRegLanes;
+  static constexpr int64_t kStep = Registers<Dots>::kStep;
+  static constexpr int64_t kDepth = 2;
+
+  static Reg multiply(Reg left, Reg right, Reg sum) { return dot_pairs(left, right, sum); }
+
+  // With `kTurned`, a is given as its transpose [k, m], paired.
+  template <bool kTurned = false>
+  static void product(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t a_stride, const bfloat16* b,
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+    const auto* left = reinterpret_cast<const float*>(a);
+    const auto* right = reinterpret_cast<const float*>(b);
+    Registers<Dots>::product<kTurned>(m, n, k / 2, left, kTurned ? a_stride : a_stride / 2, right, b_stride, c,
+                                      c_stride, accumulate);
+  }
+};
+
+#endif
+
+#if defined(LEMUR_ISA_AMX)
+
+// Holds the tile registers of this thread while it lives. oneDNN configures its own before each of its kernels.
+struct Tiles : Pairs<32> {
+  static constexpr int64_t kWidth = 32;
+  static constexpr int64_t kStep = 32;
+  static constexpr int64_t kDepth = 32;
+
+  Tiles() {
+    alignas(64) uint8_t config[64] = {1};  // palette 1; then the bytes of a row, and the rows, of each tile
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = 16;
+    }
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
 
   // Tiles 0 to 3 hold two by two results, 4 and 5 two tiles of a, 6 and 7 two of b.
   void product(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t a_stride, const bfloat16* b,
@@ -330,37 +410,17 @@ struct Tiles {
       }
     }
   }
-
- private:
-  static void copy_row(const bfloat16* from, int64_t count, bfloat16* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store_bits(to + i, load_bits(from + i));
-    if (i < count) std::memcpy(to + i, from + i, sizeof(bfloat16) * static_cast<size_t>(count - i));
-  }
-
-  static int64_t padded_rows(const Rows<bfloat16>& x) { return round_up(x.count, 32); }
-
-  // A multiple of 32 rows of `width`: x itself, or a copy padded with zeros.
-  static Rows<bfloat16> whole(const Rows<bfloat16>& x, int64_t width, bfloat16* padded) {
-    if (x.count % 32 == 0 && x.width == width) return x;
-    pack_a(x, width, padded);
-    return {padded, width, padded_rows(x), width};
-  }
-
-  // out[column, row] = x[row, column] of pairs; x_stride in elements, the rest in pairs, rows and columns multiples of
-  // 16.
-  static void turn(const bfloat16* x, int64_t x_stride, int64_t rows, int64_t columns, bfloat16* out,
-                   int64_t out_stride) {
-    alignas(64) uint32_t tile[16 * 16];
-    for (int64_t row = 0; row < rows; row += 16) {
-      for (int64_t column = 0; column < columns; column += 16) {
-        for (int i = 0; i < 16; ++i) store_bits(tile + 16 * i, load_bits(x + (row + i) * x_stride + 2 * column));
-        transpose_16x16(tile, 16, reinterpret_cast<uint32_t*>(out) + column * out_stride + row, out_stride);
-      }
-    }
-  }
 };
 
+#endif
+
+// How bfloat16 is multiplied.
+#if defined(LEMUR_ISA_AMX)
+using BFloat16Policy = Tiles;
+#elif defined(LEMUR_ISA_AVX512_BF16)
+using BFloat16Policy = Dots;
+#else
+using BFloat16Policy = Fma;
 #endif
 
 }  // namespace lemur::cpu::LEMUR_ISA

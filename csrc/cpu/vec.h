@@ -102,13 +102,28 @@ inline Bits join_upper(Bits even, Bits odd) {
 inline Bits load_bits(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_bits(void* p, Bits bits) { _mm512_storeu_si512(p, bits); }
 inline void stream_bits(void* p, Bits bits) { _mm512_stream_si512(static_cast<Bits*>(p), bits); }
-#if defined(LEMUR_ISA_AMX)
-// 32 floats as bfloat16, to the nearest, for the tile product: it takes subnormal numbers for zeros, which they become.
-inline Bits round_for_tiles(Reg low, Reg high) {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+#if defined(LEMUR_ISA_AVX512_BF16)
+// Rounding to bfloat16 for its products, which take subnormal numbers for zeros: so they become zeros.
+inline void store_rounded(bfloat16* p, Reg v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+// The elements of a and b in turns.
+inline Bits round_pairs(Reg a, Reg b) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
   Bits bits;
   std::memcpy(&bits, &rounded, sizeof bits);
-  return bits;
+  const Bits in_turns =
+      _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                        0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  return _mm512_permutexvar_epi16(in_turns, bits);
+}
+// sum, with the products of a's and b's pairs of bfloat16 added.
+inline Reg dot_pairs(Reg a, Reg b, Reg sum) {
+  __m512bh left, right;
+  std::memcpy(&left, &a, sizeof left);
+  std::memcpy(&right, &b, sizeof right);
+  return _mm512_dpbf16_ps(sum, left, right);
 }
 #endif
 inline void finish_streams() { _mm_sfence(); }

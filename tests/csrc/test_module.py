@@ -28,7 +28,8 @@ def test_build_info_is_of_this_version():
     assert "generic" in info["cpu_isas"]
     if platform.machine() in ("x86_64", "AMD64"):
         assert info["cpu_isas"][:3] == ["generic", "avx2", "avx512"]
-        assert info["cpu_isas"][3:] in (["amx"], [])  # compilers of before 2021 lack it
+        # compilers of before 2021 lack the last, and of before 2020 both
+        assert info["cpu_isas"][3:] in (["avx512_bf16", "amx"], ["avx512_bf16"], [])
 
 
 def test_isas_are_those_that_the_cpu_has():
@@ -36,6 +37,7 @@ def test_isas_are_those_that_the_cpu_has():
     assert ("avx2" in C.cpu.isas()) == ({"avx2", "fma", "f16c"} <= features)
     avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2"} <= features
     assert ("avx512" in C.cpu.isas()) == avx512
+    assert ("avx512_bf16" in C.cpu.isas()) == (avx512 and "avx512_bf16" in features)
     if "amx" in C.cpu.isas():  # the system may refuse the tiles of a CPU that has them
         assert avx512
         assert {"amx_tile", "amx_bf16"} <= features
