@@ -9,7 +9,8 @@ Rows that do not train are dropped before the projection; the rest go through it
 * ``linear_cross_entropy`` yields the loss of every token, and its backward projects each chunk once more. Used for
   ``none``, where every token has an incoming gradient of its own, and for weights that want a gradient.
 
-dweight is summed in float32 over the chunks and reaches the weight's dtype once, at the end.
+dweight is summed in float32 over the chunks and reaches the weight's dtype once, at the end. Where a CPU takes all
+tokens in one chunk, and products in the weight's dtype, there is nothing to sum: it has that dtype from the start.
 
 Source of the idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, arXiv 2411.09009.
 """
@@ -78,9 +79,10 @@ class Layer(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dhidden ``[T, H]`` in the dtype of hidden, dweight ``[V, H]`` and dbias ``[V]`` in float32; empty if unwanted.
+    """dhidden ``[T, H]`` in the dtype of hidden, dweight ``[V, H]`` as wanted, dbias ``[V]`` in float32; empty if
+    unwanted.
 
-    dweight lies in memory as ``[H, V]``: CPU products of 16 bits take half as long when the short operand is turned.
+    With AMX dweight lies in memory as ``[H, V]``: its products take half as long when the short operand is turned.
     """
 
     hidden: Tensor
@@ -89,20 +91,25 @@ class Gradients(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are wanted; of the weight's, in which dtype."""
 
     hidden: bool
-    weight: bool
+    weight: torch.dtype | None
     bias: bool
 
 
 def _empty_gradients(layer: Layer, wanted: Wanted) -> Gradients:
     hidden, weight, _ = layer
-    wide = compute_dtype(hidden.dtype)
+    dweight = hidden.new_empty(0, 0, dtype=wanted.weight)
+    if wanted.weight is not None:
+        turned = hidden.device.type == "cpu" and _products.has_amx()
+        shape = weight.T.shape if turned else weight.shape
+        dweight = hidden.new_empty(shape, dtype=wanted.weight)
+        dweight = dweight.T if turned else dweight
     return Gradients(
         hidden.new_empty(hidden.shape if wanted.hidden else 0),
-        hidden.new_empty(weight.T.shape, dtype=wide).T if wanted.weight else hidden.new_empty(0, 0, dtype=wide),
-        hidden.new_empty(weight.shape[0] if wanted.bias else 0, dtype=wide),
+        dweight,
+        hidden.new_empty(weight.shape[0] if wanted.bias else 0, dtype=compute_dtype(hidden.dtype)),
     )
 
 
@@ -134,7 +141,7 @@ def _reference_run(
         dlogits = token_loss_backward_reference(dloss, logits, labels, losses.lse, options)
         gradients = Gradients(
             (dlogits @ weight).to(layer.hidden.dtype) if wanted.hidden else gradients.hidden,
-            (hidden.T @ dlogits).T if wanted.weight else gradients.weight,
+            torch.mm(dlogits.T, hidden, out=gradients.weight) if wanted.weight else gradients.weight,
             dlogits.sum(0) if wanted.bias else gradients.bias,
         )
     return losses, gradients
@@ -154,8 +161,8 @@ long as it need."""
 _WIDENED_CHUNK_BYTES = 32 * 2**20
 """The same where products of bfloat16 are taken in float32, whose rate does not hang on that: 500 rows of 32,000."""
 
-_PRODUCT_COLUMNS = 8192
-"""Columns of dweight computed at a time, before they are added to the sum."""
+_PRODUCT_ROWS = 8192
+"""Rows of dweight computed at a time, before they are added to the sum."""
 
 
 def _chunks(rows: Tensor, most: int) -> tuple[Tensor, ...]:
@@ -202,7 +209,7 @@ def _cpu_run(
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
     widened = _products.serves(hidden[: chunks[0].numel()], weight)
-    product = _memory_of_product(weight) if wanted.weight and not widened else None
+    product = None if widened else _memory_of_product(gradients.weight, hidden)
     for number, chunk_rows in enumerate(chunks):
         logits = memory[: chunk_rows.numel()]
         hidden_rows = hidden[chunk_rows]
@@ -236,8 +243,8 @@ def _cpu_run(
         else:
             if wanted.hidden:
                 gradients.hidden[chunk_rows] = logits @ weight
-            if product is not None:
-                _add_product(gradients.weight.T, hidden_rows.T.contiguous(), logits, product, first=number == 0)
+            if wanted.weight:
+                _add_product(gradients.weight, logits, hidden_rows, product, first=number == 0)
         if wanted.bias:
             _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=number == 0)
     return losses, gradients
@@ -246,6 +253,19 @@ def _cpu_run(
 def _most_tokens(layer: Layer, chunk_tokens: int | None) -> int:
     nbytes = _WIDENED_CHUNK_BYTES if _products.serves(layer.hidden, layer.weight) else _CHUNK_BYTES
     return chunk_tokens or max(256, nbytes // (layer.weight.shape[0] * layer.hidden.element_size()))
+
+
+def _dtype_of_dweight(hidden: Tensor, weight: Tensor, chunk_tokens: int | None, backend: str) -> torch.dtype:
+    """float32, or that of a CPU's product where there is but one, which torch has rounded already."""
+    wide = compute_dtype(hidden.dtype)
+    if hidden.dtype == wide or backend != "cpu" or weight.dtype != hidden.dtype or _products.serves(hidden, weight):
+        return wide
+    at_once = hidden.shape[0] <= _most_tokens(Layer(hidden, weight, None), chunk_tokens)
+    if torch.compiler.is_compiling():  # a number of tokens that only the data tell may be any
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        at_once = guard_or_false(at_once)
+    return hidden.dtype if at_once else wide
 
 
 def _count_trained(labels: Tensor, vocab: int, options: LossOptions) -> int:
@@ -266,7 +286,7 @@ def _cpu_run_at_once(
         _products.project(hidden, weight, bias, out=logits)
     else:
         logits = torch.nn.functional.linear(hidden, weight, bias)
-    if True not in wanted:
+    if not any(wanted):
         return loss(logits, None)
     result = loss(logits, logits)
     if widened:
@@ -279,7 +299,8 @@ def _cpu_run_at_once(
         if wanted.hidden:
             torch.mm(logits, weight, out=gradients.hidden)
         if wanted.weight:
-            _add_product(gradients.weight.T, hidden.T.contiguous(), logits, _memory_of_product(weight), first=True)
+            product = _memory_of_product(gradients.weight, hidden)
+            _add_product(gradients.weight, logits, hidden, product, first=True)
     if wanted.bias:
         _add(gradients.bias[None], logits.sum(0, dtype=torch.float32)[None], first=True)
     return result
@@ -309,16 +330,32 @@ def _cpu_sum_at_once(
     return *losses, *gradients
 
 
-def _memory_of_product(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape[1] * min(weight.shape[0], _PRODUCT_COLUMNS))
+def _memory_of_product(dweight: Tensor, hidden: Tensor) -> Tensor | None:
+    """For _add_product, where dweight must be widened."""
+    if dweight.dtype == hidden.dtype or not dweight.numel():
+        return None
+    return hidden.new_empty(dweight.shape[1] * min(dweight.shape[0], _PRODUCT_ROWS))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, memory: Tensor, first: bool) -> None:
-    """Sets total to left @ right, or adds it, some columns at a time, which `memory` must hold."""
-    for columns in range(0, total.shape[1], _PRODUCT_COLUMNS):
-        part = right[:, columns : columns + _PRODUCT_COLUMNS]
-        product = memory[: left.shape[0] * part.shape[1]].view(left.shape[0], part.shape[1])
-        _add(total[:, columns : columns + _PRODUCT_COLUMNS], torch.mm(left, part, out=product), first)
+def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, memory: Tensor | None, first: bool) -> None:
+    """Sets total to ``dlogits.T @ hidden``, or adds it."""
+    turned = not total.is_contiguous()
+    left, right = (hidden.T.contiguous(), dlogits) if turned else (dlogits.T, hidden)
+    total = total.T if turned else total
+    if memory is None:
+        if first:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+        return
+    long = 1 if turned else 0
+    for start in range(0, total.shape[long], _PRODUCT_ROWS):
+        part = total.narrow(long, start, min(_PRODUCT_ROWS, total.shape[long] - start))
+        if turned:
+            factors = left, right[:, start : start + _PRODUCT_ROWS]
+        else:
+            factors = left[start : start + _PRODUCT_ROWS], right
+        _add(part, torch.mm(*factors, out=memory[: part.numel()].view(part.shape)), first)
 
 
 def _add(total: Tensor, x: Tensor, first: bool) -> None:
@@ -488,7 +525,7 @@ def _tokens(
     check_label_values(labels, weight.shape[0], checked.ignore_index)
     labels = only_rows(labels, rows, checked.ignore_index)
     run = implementation("linear_cross_entropy", backend, "run")
-    nothing = Wanted(False, False, False)
+    nothing = Wanted(False, None, False)
     return run(Layer(hidden, weight, bias), labels, rows, checked, want_stats, None, nothing, chunk_tokens)[0]
 
 
@@ -579,7 +616,7 @@ def _sum_bwd_fake(
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, "
 _OPTIONS = "int? chunk_tokens, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-_WANTED = "bool want_hidden, bool want_weight, bool want_bias, str backend"
+_WANTED = "bool want_hidden, ScalarType? want_weight, bool want_bias, str backend"
 
 _linear_cross_entropy_op = define(
     f"linear_cross_entropy({_INPUTS}{_OPTIONS}bool want_stats, str backend)"
@@ -619,8 +656,9 @@ def _backward_tokens(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         return (None,) * 12
     hidden, weight, bias, labels, rows = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
+    of_weight = _dtype_of_dweight(hidden, weight, ctx.options[0], ctx.backend) if wanted[1] else None
     dhidden, dweight, dbias = _linear_cross_entropy_bwd_op(
-        dloss, hidden, weight, bias, labels, rows, *ctx.options, *wanted, ctx.backend
+        dloss, hidden, weight, bias, labels, rows, *ctx.options, wanted[0], of_weight, wanted[2], ctx.backend
     )
     return (
         dhidden if wanted[0] else None,
@@ -758,8 +796,23 @@ def linear_cross_entropy(
             loss = divide_by_items(loss, num_items, items)
     else:
         mean = reduction == "mean" and num_items is None
+        want_hidden, want_weight, want_bias = wanted
+        dtype_of_dweight = _dtype_of_dweight(hidden, weight, chunk_tokens, backend) if want_weight else None
         loss, _, *stats = _linear_cross_entropy_sum_op(
-            hidden, weight, bias, labels, rows, weights, chunk_tokens, *options, mean, return_stats, *wanted, backend
+            hidden,
+            weight,
+            bias,
+            labels,
+            rows,
+            weights,
+            chunk_tokens,
+            *options,
+            mean,
+            return_stats,
+            want_hidden,
+            dtype_of_dweight,
+            want_bias,
+            backend,
         )
         if num_items is not None:
             loss = divide_by_items(loss, num_items, None)

@@ -9,7 +9,11 @@ import torch
 from torch.nn import functional
 
 import lemur_fast as lf
-from tests.criterion import assert_as_good, compare
+from lemur_fast import _compiled
+from lemur_fast.ops import _products
+from tests.criterion import assert_as_good, compare, kept_by
+
+LINEAR = sys.modules["lemur_fast.ops.linear_cross_entropy"]  # the name is the function's
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [
@@ -150,13 +154,35 @@ def test_micro_batches_sum_to_the_batch(backend):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 37, 1000, None])
-def test_chunk_size_does_not_matter(backend, chunk_tokens):
-    compare(
-        lambda **t: lf.ops.linear_cross_entropy(**t, chunk_tokens=chunk_tokens),
-        linear_formula,
-        linear_case(dtype=torch.bfloat16),
-        ["hidden", "weight"],
-    )
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("amx", [False, True])
+def test_chunk_size_does_not_matter(backend, monkeypatch, chunk_tokens, reduction, amx):
+    """Nor how dweight lies in memory, which hangs on AMX; it is of more rows than are added at a time."""
+    monkeypatch.setattr(_products, "has_amx", lambda: amx)
+    monkeypatch.setattr(LINEAR, "_PRODUCT_ROWS", 40)
+    for ignored in (0.0, 0.4):
+        compare(
+            lambda **t: lf.ops.linear_cross_entropy(**t, chunk_tokens=chunk_tokens, reduction=reduction),
+            lambda **t: linear_formula(**t, reduction=reduction),
+            linear_case(dtype=torch.bfloat16, ignored=ignored),
+            ["hidden", "weight"],
+        )
+
+
+@pytest.mark.skipif(_compiled.missing is not None, reason="the compiled part is not built")
+def test_the_gradient_of_one_chunk_is_kept_in_its_dtype(monkeypatch):
+    """On a CPU that multiplies bfloat16 as such: there a product is rounded in any case."""
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: False)
+    case = linear_case(dtype=torch.bfloat16)
+    hidden, weight = (case[name].requires_grad_() for name in ("hidden", "weight"))
+    for chunk_tokens, size in ((37, 2), (36, 4)):
+        _, kept = kept_by(
+            lambda h, w: lf.ops.linear_cross_entropy(h, w, case["labels"], chunk_tokens=chunk_tokens),  # noqa: B023
+            hidden,
+            weight,
+        )
+        items = 4
+        assert kept == 2 * hidden.numel() + size * weight.numel() + items
 
 
 def test_gradcheck_in_float64():

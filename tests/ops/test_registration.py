@@ -39,8 +39,8 @@ def operator_calls(backend):
             (hidden, head, bias, labels, rows, 2, *options, True, backend),
         ],
         "linear_cross_entropy_sum": [
-            (hidden, head, None, labels, None, None, None, *options, True, False, True, True, False, backend),
-            (hidden, head, bias, labels, rows, torch.rand(6), 2, *options, True, True, True, True, True, backend),
+            (hidden, head, None, labels, None, None, None, *options, True, False, True, torch.float32, False, backend),
+            (hidden, head, bias, labels, rows, torch.rand(6), 2, *options, *(True,) * 3, torch.float32, True, backend),
         ],
     }
 
