@@ -49,7 +49,7 @@ test-emulated: $(INSTALLED)
 	LEMUR_FAST_EMULATE=1 LEMUR_FAST_CUDA=0 $(BIN)/python -m pip install --no-deps --target $(EMULATED) .
 	cp -R tests benchmarks csrc pyproject.toml $(EMULATED)
 	cd $(EMULATED) && $(abspath $(BIN))/python -c \
-	  "from lemur_fast import _C; assert {'amx', 'avx512'} <= set(_C.cpu.isas()), 'emulated: needs x86-64 with AVX2'"
+	  "from lemur_fast import _C; assert {'amx', 'avx512_bf16', 'avx512'} <= set(_C.cpu.isas()), 'emulated: needs x86-64 with AVX2'"
 	cd $(EMULATED) && $(abspath $(BIN))/python -m pytest tests/csrc tests/ops -k "avx512 or amx" $(ARGS)
 
 lint: $(INSTALLED)

@@ -177,8 +177,8 @@ bool streams(const T* result, int64_t tokens, int64_t heads, int64_t head_dim) {
 
 // ---- sums over keys and over queries ----
 
-// out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock], a result as a b. The sums
-// lie row by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
+// out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock], a result as a b. The
+// sums lie row by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
 template <typename Policy>
 struct KeySums {
   using Element = typename Policy::Element;

@@ -68,8 +68,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Whether a product of pairs of bfloat16 takes no longer than an fma. It does, twice as long, on Intel's chips with fp16
-// arithmetic, which were made for AMX (lemur_fast/ops/_products.py has the same rule).
+// Whether a product of pairs of bfloat16 takes no longer than an fma. It does, twice as long, on Intel's chips with
+// fp16 arithmetic, which were made for AMX (lemur_fast/ops/_products.py has the same rule).
 bool dots_at_full_rate() {
   unsigned registers[4];
   return !cpuid_bit(7, registers, 3, 23);

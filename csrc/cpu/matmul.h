@@ -7,8 +7,8 @@
 //   Tiles   bfloat16 operands on AMX tiles, float results
 //
 // c is float, row by row. a is row by row. b is row by row for Fma; for the others two rows lie side by side, element
-// by element ("paired"), as their products want them. Operands are blocks of kBlock tokens by the head dimension, padded
-// with zeros. n must be a multiple of kWidth, m of kStep, k of kDepth, and the head dimension of kHeadWidth.
+// by element ("paired"), as their products want them. Operands are blocks of kBlock tokens by the head dimension,
+// padded with zeros. n must be a multiple of kWidth, m of kStep, k of kDepth, and the head dimension of kHeadWidth.
 //
 // A result [rows, kBlock] that is an operand of the next product is written over itself as such, by two rows: their
 // elements stay where their floats begin, so that an operand's row has kResultStride elements.

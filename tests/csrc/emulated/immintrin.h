@@ -8,6 +8,7 @@
 
 #if defined(LEMUR_ISA_AVX512)
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -203,20 +204,47 @@ inline Ints shuffle_quarters(const Ints& a, const Ints& b, int control) {
   return ints([&](int i) { return (i < 8 ? a : b).at[(control >> (i / 4 * 2) & 3) * 4 + i % 4]; });
 }
 
-// The elements of `low`, then those of `high`, as bfloat16: to the nearest, subnormal numbers as zeros, NaNs quiet.
+// Elements by the five lowest bits of an index each.
+inline Ints permute_shorts(const Ints& index, const Ints& a) {
+  const auto places = as<std::array<uint16_t, 32>>(index), from = as<std::array<uint16_t, 32>>(a);
+  std::array<uint16_t, 32> r;
+  for (size_t i = 0; i < 32; ++i) r[i] = from[places[i] & 31u];
+  return as<Ints>(r);
+}
+
+// ---- bfloat16 ----
+
+template <int kCount>
 struct Shorts {
-  uint16_t at[32];
+  uint16_t at[kCount];
 };
-inline Shorts to_bfloat16(const Floats& high, const Floats& low) {
-  Shorts r;
-  for (int i = 0; i < 32; ++i) {
-    const float v = (i < 16 ? low : high).at[i % 16];
-    const uint32_t bits = as<uint32_t>(v);
-    const bool subnormal = (bits & 0x7f800000u) == 0;
-    const uint32_t rounded = std::isnan(v) ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
-    r.at[i] = static_cast<uint16_t>((subnormal ? bits & 0x80000000u : rounded) >> 16);
-  }
+// To the nearest, subnormal numbers as zeros, NaNs quiet.
+inline uint16_t round_short(float v) {
+  const uint32_t bits = as<uint32_t>(v);
+  const bool subnormal = (bits & 0x7f800000u) == 0;
+  const uint32_t rounded = std::isnan(v) ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+  return static_cast<uint16_t>((subnormal ? bits & 0x80000000u : rounded) >> 16);
+}
+inline Shorts<16> to_bfloat16(const Floats& a) {
+  Shorts<16> r;
+  for (int i = 0; i < 16; ++i) r.at[i] = round_short(a.at[i]);
   return r;
+}
+// The elements of `low`, then those of `high`.
+inline Shorts<32> to_bfloat16(const Floats& high, const Floats& low) {
+  Shorts<32> r;
+  for (int i = 0; i < 32; ++i) r.at[i] = round_short((i < 16 ? low : high).at[i % 16]);
+  return r;
+}
+// An operand of a product: a subnormal number counts as zero.
+inline float operand(uint16_t bits) { return (bits & 0x7f80u) ? as<float>(static_cast<uint32_t>(bits) << 16) : 0.f; }
+// The odd elements' product is added first, each sum rounded, and a subnormal one becomes zero.
+inline Floats dot_pairs(const Floats& sum, const Shorts<32>& a, const Shorts<32>& b) {
+  const auto flushed = [](float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.f, v) : v; };
+  return floats([&](int i) {
+    const float odd = __builtin_fmaf(operand(a.at[2 * i + 1]), operand(b.at[2 * i + 1]), flushed(sum.at[i]));
+    return flushed(__builtin_fmaf(operand(a.at[2 * i]), operand(b.at[2 * i]), flushed(odd)));
+  });
 }
 
 // ---- tiles ----
@@ -253,7 +281,7 @@ inline void tile_dpbf16(int c, int a, int b) {
   const auto value = [](const uint8_t* p) {
     uint16_t bits;
     std::memcpy(&bits, p, sizeof bits);
-    return (bits & 0x7f80u) ? as<float>(static_cast<uint32_t>(bits) << 16) : 0.f;
+    return operand(bits);
   };
   for (int m = 0; m < rows_of(c); ++m) {
     for (int n = 0; n < bytes_of(c) / 4; ++n) {
@@ -293,8 +321,12 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_permutex2var_ps emulated::permutex2var
 #define _mm512_cvtph_ps emulated::from_halves
 #define _mm512_cvtps_ph(v, rounding) emulated::to_halves(v)
-#define __m512bh emulated::Shorts
-#define _mm512_cvtne2ps_pbh emulated::to_bfloat16
+#define __m256bh emulated::Shorts<16>
+#define __m512bh emulated::Shorts<32>
+#define _mm512_cvtneps_pbh(v) emulated::to_bfloat16(v)
+#define _mm512_cvtne2ps_pbh(high, low) emulated::to_bfloat16(high, low)
+#define _mm512_dpbf16_ps emulated::dot_pairs
+#define _mm512_permutexvar_epi16 emulated::permute_shorts
 #define _mm512_castps_si512 emulated::as<emulated::Ints>
 #define _mm512_castsi512_ps emulated::as<emulated::Floats>
 #define _mm512_set1_epi32(v) emulated::set1(static_cast<int>(v))
