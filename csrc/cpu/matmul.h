@@ -249,16 +249,7 @@ struct Pairs {
   // [kBlock / 2, width] pairs (row, row + 1).
   static void pack_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
-    const Rows<bfloat16> rows = whole(x, width, padded);
-    for (int64_t row = 0; row < rows.count; row += 2) {
-      for (int64_t i = 0; i < width; i += kRegLanes) {
-        const auto* even = reinterpret_cast<const __m256i*>(rows.data + row * rows.stride + i);
-        const auto* odd = reinterpret_cast<const __m256i*>(rows.data + (row + 1) * rows.stride + i);
-        const Bits low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even));
-        const Bits high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(odd)), 16);
-        store_bits(out + row * width + 2 * i, _mm512_or_si512(low, high));
-      }
-    }
+    pair_rows(whole(x, width, padded), out);
   }
 
   // The transpose: [width, kBlock]. Pairs of rows, turned.
@@ -276,8 +267,10 @@ struct Pairs {
   }
 
   static void pack_both_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
-    pack_b(x, width, out);
-    pack_transposed_b(x, width, transposed);
+    alignas(64) bfloat16 padded[kBlock * kMaxWidth];
+    const Rows<bfloat16> rows = whole(x, width, padded);
+    pair_rows(rows, out);
+    turn(rows.data, rows.stride, rows.count, width / 2, transposed, kBlock);
   }
 
   // Writes x [width] times `factor`; `streamed` as for_lanes has it.
@@ -312,15 +305,23 @@ struct Pairs {
     return {padded, width, padded_rows(x), width};
   }
 
+  static void pair_rows(const Rows<bfloat16>& x, bfloat16* out) {
+    for (int64_t row = 0; row < x.count; row += 2) {
+      const bfloat16* from = x.data + row * x.stride;
+      for (int64_t i = 0; i < x.width; i += kLanes) {
+        store_pairs(load_bits(from + i), load_bits(from + x.stride + i), out + row * x.width + 2 * i);
+      }
+    }
+  }
+
   // out[column, row] = x[row, column] of pairs; x_stride in elements, the rest in pairs, rows and columns multiples of
   // 16.
   static void turn(const bfloat16* x, int64_t x_stride, int64_t rows, int64_t columns, bfloat16* out,
                    int64_t out_stride) {
-    alignas(64) uint32_t tile[16 * 16];
     for (int64_t row = 0; row < rows; row += 16) {
       for (int64_t column = 0; column < columns; column += 16) {
-        for (int i = 0; i < 16; ++i) store_bits(tile + 16 * i, load_bits(x + (row + i) * x_stride + 2 * column));
-        transpose_16x16(tile, 16, reinterpret_cast<uint32_t*>(out) + column * out_stride + row, out_stride);
+        transpose_16x16(x + row * x_stride + 2 * column, 2 * x_stride,
+                        reinterpret_cast<uint32_t*>(out) + column * out_stride + row, out_stride);
       }
     }
   }

@@ -118,6 +118,16 @@ inline Bits round_pairs(Reg a, Reg b) {
                         0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
   return _mm512_permutexvar_epi16(in_turns, bits);
 }
+// Writes the elements of a and b in turns, 2 kLanes of them.
+inline void store_pairs(Bits a, Bits b, bfloat16* p) {
+  const auto place = [](int i) { return 0x200000 + 0x10001 * i; };
+  const Bits low =
+      _mm512_setr_epi32(place(0), place(1), place(2), place(3), place(4), place(5), place(6), place(7), place(8),
+                        place(9), place(10), place(11), place(12), place(13), place(14), place(15));
+  const Bits high = _mm512_add_epi32(low, _mm512_set1_epi32(0x100010));
+  store_bits(p, _mm512_permutex2var_epi16(a, low, b));
+  store_bits(p + kRegLanes * 2, _mm512_permutex2var_epi16(a, high, b));
+}
 // sum, with the products of a's and b's pairs of bfloat16 added.
 inline Reg dot_pairs(Reg a, Reg b, Reg sum) {
   __m512bh left, right;
@@ -542,13 +552,13 @@ inline void store_one(T* p, float value) {
 // ---- transposition ----
 
 #if defined(LEMUR_ISA_AVX2)
-inline void transpose_8x8(const uint32_t* x, int64_t x_stride, uint32_t* out, int64_t out_stride) {
+inline void transpose_8x8(const char* x, int64_t x_bytes, uint32_t* out, int64_t out_stride) {
   // Register i has the first halves of the rows i and i + 4, and register i + 4 their second halves.
   Bits r[8], t[8];
   for (int i = 0; i < 4; ++i) {
     for (int half = 0; half < 2; ++half) {
-      const auto* low = reinterpret_cast<const __m128i*>(x + i * x_stride + 4 * half);
-      const auto* high = reinterpret_cast<const __m128i*>(x + (i + 4) * x_stride + 4 * half);
+      const auto* low = reinterpret_cast<const __m128i*>(x + i * x_bytes + 16 * half);
+      const auto* high = reinterpret_cast<const __m128i*>(x + (i + 4) * x_bytes + 16 * half);
       r[4 * half + i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
     }
   }
@@ -565,11 +575,12 @@ inline void transpose_8x8(const uint32_t* x, int64_t x_stride, uint32_t* out, in
 }
 #endif
 
-// out[column, row] = x[row, column] of 32-bit elements, 16 rows and 16 columns of them.
-inline void transpose_16x16(const uint32_t* x, int64_t x_stride, uint32_t* out, int64_t out_stride) {
+// out[column, row] = x[row, column] of 32-bit elements, 16 rows, x_bytes apart, and 16 columns of them.
+inline void transpose_16x16(const void* from, int64_t x_bytes, uint32_t* out, int64_t out_stride) {
+  const auto* x = static_cast<const char*>(from);
 #if defined(LEMUR_ISA_AVX512)
   Bits r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = load_bits(x + i * x_stride);
+  for (int i = 0; i < 16; ++i) r[i] = load_bits(x + i * x_bytes);
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -594,18 +605,20 @@ inline void transpose_16x16(const uint32_t* x, int64_t x_stride, uint32_t* out, 
 #elif defined(LEMUR_ISA_AVX2)
   for (int row = 0; row < 16; row += 8) {
     for (int column = 0; column < 16; column += 8) {
-      transpose_8x8(x + row * x_stride + column, x_stride, out + column * out_stride + row, out_stride);
+      transpose_8x8(x + row * x_bytes + 4 * column, x_bytes, out + column * out_stride + row, out_stride);
     }
   }
 #else
   for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 16; ++column) out[column * out_stride + row] = x[row * x_stride + column];
+    for (int column = 0; column < 16; ++column) {
+      std::memcpy(out + column * out_stride + row, x + row * x_bytes + 4 * column, sizeof *out);
+    }
   }
 #endif
 }
 
 inline void transpose_16x16(const float* x, int64_t x_stride, float* out, int64_t out_stride) {
-  transpose_16x16(reinterpret_cast<const uint32_t*>(x), x_stride, reinterpret_cast<uint32_t*>(out), out_stride);
+  transpose_16x16(x, 4 * x_stride, reinterpret_cast<uint32_t*>(out), out_stride);
 }
 
 // ---- rounding ----

@@ -167,9 +167,6 @@ inline Ints mask_add(const Ints& other, unsigned mask, const Ints& a, const Ints
 inline Ints bit_and(const Ints& a, const Ints& b) {
   return ints([&](int i) { return a.at[i] & b.at[i]; });
 }
-inline Ints bit_or(const Ints& a, const Ints& b) {
-  return ints([&](int i) { return a.at[i] | b.at[i]; });
-}
 inline Ints slli(const Ints& a, int count) {
   return ints([&](int i) { return a.at[i] << count; });
 }
@@ -184,11 +181,6 @@ inline Ints blend_epi16(uint32_t mask, const Ints& no, const Ints& yes) {
     const uint32_t low = has(mask, 2 * i) ? yes.at[i] : no.at[i], high = has(mask, 2 * i + 1) ? yes.at[i] : no.at[i];
     return (high & 0xffff0000u) | (low & 0xffffu);
   });
-}
-inline Ints widen(__m256i shorts) {
-  uint16_t from[16];
-  std::memcpy(from, &shorts, sizeof from);
-  return ints([&](int i) { return uint32_t{from[i]}; });
 }
 // Within each quarter of four: elements 0 and 1 (low) or 2 and 3 (high) of a and b in turns, one or two at a time.
 template <bool kHigh, int kSize>
@@ -209,6 +201,15 @@ inline Ints permute_shorts(const Ints& index, const Ints& a) {
   const auto places = as<std::array<uint16_t, 32>>(index), from = as<std::array<uint16_t, 32>>(a);
   std::array<uint16_t, 32> r;
   for (size_t i = 0; i < 32; ++i) r[i] = from[places[i] & 31u];
+  return as<Ints>(r);
+}
+
+// The same of two operands, which the sixth bit chooses.
+inline Ints permute_shorts(const Ints& a, const Ints& index, const Ints& b) {
+  const auto places = as<std::array<uint16_t, 32>>(index), low = as<std::array<uint16_t, 32>>(a),
+             high = as<std::array<uint16_t, 32>>(b);
+  std::array<uint16_t, 32> r;
+  for (size_t i = 0; i < 32; ++i) r[i] = (places[i] & 32u ? high : low)[places[i] & 31u];
   return as<Ints>(r);
 }
 
@@ -327,6 +328,7 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_cvtne2ps_pbh(high, low) emulated::to_bfloat16(high, low)
 #define _mm512_dpbf16_ps emulated::dot_pairs
 #define _mm512_permutexvar_epi16 emulated::permute_shorts
+#define _mm512_permutex2var_epi16 emulated::permute_shorts
 #define _mm512_castps_si512 emulated::as<emulated::Ints>
 #define _mm512_castsi512_ps emulated::as<emulated::Floats>
 #define _mm512_set1_epi32(v) emulated::set1(static_cast<int>(v))
@@ -337,13 +339,11 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_add_epi32 emulated::add
 #define _mm512_mask_add_epi32 emulated::mask_add
 #define _mm512_and_si512 emulated::bit_and
-#define _mm512_or_si512 emulated::bit_or
 #define _mm512_slli_epi32 emulated::slli
 #define _mm512_srli_epi32 emulated::srli
 #define _mm512_test_epi32_mask(a, b) emulated::mask_test(0xffff, a, b)
 #define _mm512_mask_test_epi32_mask emulated::mask_test
 #define _mm512_mask_blend_epi16 emulated::blend_epi16
-#define _mm512_cvtepu16_epi32 emulated::widen
 #define _mm512_unpacklo_epi32 emulated::unpack<false, 1>
 #define _mm512_unpackhi_epi32 emulated::unpack<true, 1>
 #define _mm512_unpacklo_epi64 emulated::unpack<false, 2>
