@@ -325,6 +325,8 @@ PYBIND11_MODULE(_C, m) {
   cpu.def(
       "isa", [] { return lemur::cpu::kernels().isa; },
       "Name of the instruction set in use: the best this CPU has, or LEMUR_FAST_CPU's.");
+  cpu.def("bfloat16_at_full_rate", &lemur::cpu::bfloat16_at_full_rate,
+          "Whether this CPU multiplies bfloat16 without AMX, and at twice the rate of float32.");
   cpu.def("isas", &lemur::cpu::usable_isas, "Instruction sets that were built and that this CPU has, best first.");
   cpu.def("features", &lemur::cpu::features, "Features of this CPU that matter here.");
   cpu.def("threads", &lemur::cpu::max_threads, "Threads that the next kernel may use.");

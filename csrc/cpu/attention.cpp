@@ -499,21 +499,23 @@ struct Backward {
     const Reg zero = broadcast_reg(0.f);
     for (int64_t row = 0; row < rows; row += 2) {
       for (int64_t lane = bands.first_lane(row); lane < bands.lanes; lane += kRegLanes) {
-        Reg weight[2] = {zero, zero}, gradient[2] = {zero, zero};
-        for (int64_t i = 0; i < least(2, rows - row); ++i) {
-          const int64_t at = (row + i) * kBlock + lane;
+        const auto of_row = [&](int64_t of, Reg& weight, Reg& gradient) {
+          const int64_t at = of * kBlock + lane;
           Reg slope = zero;
-          weight[i] = exp2(sub(score(load_reg(p + at), slope), load_reg(lse + lane)));
-          gradient[i] = mul(weight[i], sub(load_reg(ds + at), load_reg(delta + lane)));
-          if constexpr (kSoftcap) gradient[i] = mul(gradient[i], slope);
+          weight = exp2(sub(score(load_reg(p + at), slope), load_reg(lse + lane)));
+          gradient = mul(weight, sub(load_reg(ds + at), load_reg(delta + lane)));
+          if constexpr (kSoftcap) gradient = mul(gradient, slope);
           if (bands.mask.needed) {
-            weight[i] = bands.mask(weight[i], zero, row + i, lane);
-            gradient[i] = bands.mask(gradient[i], zero, row + i, lane);
+            weight = bands.mask(weight, zero, of, lane);
+            gradient = bands.mask(gradient, zero, of, lane);
           }
-        }
-        Policy::store_as_a(p, row, lane, weight[0], weight[1]);
-        Policy::store_as_a(ds, row, lane, gradient[0], gradient[1]);
-        if constexpr (Policy::kPaired) Policy::store_as_b(ds_paired, row, lane, gradient[0], gradient[1]);
+        };
+        Reg weight, gradient, next_weight = zero, next_gradient = zero;
+        of_row(row, weight, gradient);
+        if (row + 1 < rows) of_row(row + 1, next_weight, next_gradient);
+        Policy::store_as_a(p, row, lane, weight, next_weight);
+        Policy::store_as_a(ds, row, lane, gradient, next_gradient);
+        if constexpr (Policy::kPaired) Policy::store_as_b(ds_paired, row, lane, gradient, next_gradient);
       }
     }
     const auto rest = sizeof(float) * static_cast<size_t>((bands.keys - rows) * kBlock);

@@ -41,22 +41,23 @@ namespace {
 
 #ifdef LEMUR_FAST_X86
 // Whether CPUID's leaf says so. The operating system's leave is asked for by __builtin_cpu_supports("avx"...).
-bool cpuid_bit(unsigned leaf, unsigned(registers)[4], int reg, int bit) {
-  if (!__get_cpuid_count(leaf, 0, &registers[0], &registers[1], &registers[2], &registers[3])) return false;
+bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
+  unsigned registers[4];
+  if (!__get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3])) return false;
   return (registers[reg] >> bit) & 1u;
 }
 
-bool has_f16c() {
-  unsigned registers[4];
-  return __builtin_cpu_supports("avx") && cpuid_bit(1, registers, 2, 29);
-}
+bool has_f16c() { return __builtin_cpu_supports("avx") && cpuid_bit(1, 0, 2, 29); }
+bool has_dots() { return __builtin_cpu_supports("avx512f") && cpuid_bit(7, 1, 0, 5); }
+bool has_halves() { return __builtin_cpu_supports("avx512f") && cpuid_bit(7, 0, 3, 23); }
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 #ifdef LEMUR_FAST_EMULATE  // made of AVX2, for tests
 bool has_avx512() { return has_avx2(); }
+#ifdef LEMUR_FAST_AVX512_BF16
 bool has_avx512_bf16() { return has_avx2(); }
-bool dots_at_full_rate() { return true; }
+#endif
 #ifdef LEMUR_FAST_AMX
 bool has_amx() { return has_avx2(); }
 #endif
@@ -66,14 +67,9 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-
-// Whether a product of pairs of bfloat16 takes no longer than an fma. It does, twice as long, on Intel's chips with
-// fp16 arithmetic, which were made for AMX (lemur_fast/ops/_products.py has the same rule).
-bool dots_at_full_rate() {
-  unsigned registers[4];
-  return !cpuid_bit(7, registers, 3, 23);
-}
+#ifdef LEMUR_FAST_AVX512_BF16
+bool has_avx512_bf16() { return has_avx512() && has_dots(); }
+#endif
 
 #ifdef LEMUR_FAST_AMX
 // Linux grants the tile registers, 8 KiB of state for each thread, to a process that asks.
@@ -86,10 +82,7 @@ bool may_use_tiles() {
 #endif
 }
 
-bool has_amx() {
-  unsigned registers[4];
-  return has_avx512_bf16() && cpuid_bit(7, registers, 3, 22) && cpuid_bit(7, registers, 3, 24) && may_use_tiles();
-}
+bool has_amx() { return has_avx512_bf16() && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 24) && may_use_tiles(); }
 #endif
 #endif
 #endif
@@ -106,13 +99,13 @@ const std::vector<Isa>& isas() {
       {&amx::kTable, has_amx()},
 #endif
 #ifdef LEMUR_FAST_AVX512_BF16
-      {&avx512_bf16::kTable, has_avx512_bf16() && dots_at_full_rate()},
+      {&avx512_bf16::kTable, has_avx512_bf16() && bfloat16_at_full_rate()},
 #endif
 #ifdef LEMUR_FAST_X86
       {&avx512::kTable, has_avx512()},
 #endif
 #ifdef LEMUR_FAST_AVX512_BF16
-      {&avx512_bf16::kTable, has_avx512_bf16() && !dots_at_full_rate()},
+      {&avx512_bf16::kTable, has_avx512_bf16() && !bfloat16_at_full_rate()},
 #endif
 #ifdef LEMUR_FAST_X86
       {&avx2::kTable, has_avx2()},
@@ -148,13 +141,20 @@ const Kernels& kernels() {
                               "; takes " + takes);
 }
 
+bool bfloat16_at_full_rate() {
+#ifdef LEMUR_FAST_X86
+  return has_dots() && !(__builtin_cpu_is("intel") && has_halves());
+#else
+  return false;
+#endif
+}
+
 std::vector<std::string> features() {
   std::vector<std::string> names;
 #ifdef LEMUR_FAST_X86
   const auto add = [&](const char* name, bool present) {
     if (present) names.emplace_back(name);
   };
-  unsigned registers[4];
   add("sse4.2", __builtin_cpu_supports("sse4.2"));
   add("avx", __builtin_cpu_supports("avx"));
   add("avx2", __builtin_cpu_supports("avx2"));
@@ -165,10 +165,10 @@ std::vector<std::string> features() {
   add("avx512dq", __builtin_cpu_supports("avx512dq"));
   add("avx512vl", __builtin_cpu_supports("avx512vl"));
   add("avx512_vnni", __builtin_cpu_supports("avx512vnni"));
-  add("avx512_bf16", __builtin_cpu_supports("avx512bf16"));
-  add("avx512_fp16", __builtin_cpu_supports("avx512f") && cpuid_bit(7, registers, 3, 23));
-  add("amx_bf16", cpuid_bit(7, registers, 3, 22));
-  add("amx_tile", cpuid_bit(7, registers, 3, 24));
+  add("avx512_bf16", has_dots());
+  add("avx512_fp16", has_halves());
+  add("amx_bf16", cpuid_bit(7, 0, 3, 22));
+  add("amx_tile", cpuid_bit(7, 0, 3, 24));
 #elif defined(__aarch64__)
   names.emplace_back("neon");
 #endif

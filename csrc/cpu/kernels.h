@@ -102,6 +102,11 @@ const Kernels& kernels();
 // Names of the CPU features that matter here and that this CPU has.
 std::vector<std::string> features();
 
+// Whether vdpbf16ps, the product of pairs of bfloat16 without AMX, does twice the work of a float32 fma in the same
+// time. Intel's chips with fp16 arithmetic, which were made for AMX, take twice the time; those before them, and AMD's,
+// do not.
+bool bfloat16_at_full_rate();
+
 // Names of the instruction sets that were built and that this CPU has, best first.
 std::vector<std::string> usable_isas();
 

@@ -10,8 +10,9 @@
 // by element ("paired"), as their products want them. Operands are blocks of kBlock tokens by the head dimension,
 // padded with zeros. n must be a multiple of kWidth, m of kStep, k of kDepth, and the head dimension of kHeadWidth.
 //
-// A result [rows, kBlock] that is an operand of the next product is written over itself as such, by two rows: their
-// elements stay where their floats begin, so that an operand's row has kResultStride elements.
+// A result [rows, kBlock] that is an operand of the next product is written over itself as such, two rows at a time. As
+// an a, a row of bfloat16 begins where its row of floats did; as a b, a pair of rows takes the place of the even one.
+// So from row to row there are kResultStride elements.
 #pragma once
 
 #include "cpu/vec.h"
@@ -228,7 +229,7 @@ struct Fma {
 
 #if defined(LEMUR_ISA_AVX512_BF16)
 
-// Packs of bfloat16, zeros after the tokens that x has up to a multiple of kTokens.
+// Packs of bfloat16.
 template <int64_t kTokens>
 struct Pairs {
   using Element = bfloat16;
@@ -239,7 +240,8 @@ struct Pairs {
   static int64_t pack_size(int64_t width) { return kBlock * width / 2; }
   static int64_t column(int64_t n) { return 2 * n; }
 
-  // [kBlock, width], of which, as of all packs, the tokens are written that x has, and zeros up to a multiple of 32.
+  // [kBlock, width], of which, as of all packs, the tokens are written that x has, and zeros up to a multiple of
+  // kTokens.
   static void pack_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     const int64_t written = x.width < width ? 0 : x.count;
     std::memset(out + written * width, 0, sizeof(bfloat16) * static_cast<size_t>((padded_rows(x) - written) * width));
@@ -250,13 +252,6 @@ struct Pairs {
   static void pack_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
     pair_rows(whole(x, width, padded), out);
-  }
-
-  // The transpose: [width, kBlock]. Pairs of rows, turned.
-  static void pack_transposed_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
-    alignas(64) bfloat16 pairs[kBlock * kMaxWidth];
-    pack_b(x, width, pairs);
-    turn(pairs, 2 * width, padded_rows(x) / 2, width, out, kBlock / 2);
   }
 
   // The transpose: [width / 2, kBlock] pairs (column, column + 1). Rows of pairs, turned.
@@ -327,7 +322,7 @@ struct Pairs {
   }
 };
 
-struct Dots : Pairs<16> {
+struct Dots : Pairs<kRegLanes> {
   static constexpr int64_t kWidth = kRegLanes;
   static constexpr int64_t kStep = Registers<Dots>::kStep;
   static constexpr int64_t kDepth = 2;
@@ -366,6 +361,13 @@ struct Tiles : Pairs<32> {
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+
+  // The transpose: [width, kBlock]. Pairs of rows, turned.
+  static void pack_transposed_a(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
+    alignas(64) bfloat16 pairs[kBlock * kMaxWidth];
+    pack_b(x, width, pairs);
+    turn(pairs, 2 * width, padded_rows(x) / 2, width, out, kBlock / 2);
+  }
 
   // Tiles 0 to 3 hold two by two results, 4 and 5 two tiles of a, 6 and 7 two of b.
   void product(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t a_stride, const bfloat16* b,

@@ -47,12 +47,8 @@ def float32_is_faster() -> bool:
     """Whether this CPU multiplies float32 matrices faster than bfloat16 ones."""
     if _compiled.missing is not None or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    features = _compiled.C.cpu.features()
-    if "amx_bf16" in features:
-        return False
-    # Intel's chips with fp16 arithmetic were made for AMX: vdpbf16ps has half of the rate of an fma there. Those before
-    # it, and AMD's, run it at the full rate.
-    return "avx512_bf16" not in features or "avx512_fp16" in features
+    cpu = _compiled.C.cpu
+    return "amx_bf16" not in cpu.features() and not cpu.bfloat16_at_full_rate()
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -70,12 +66,16 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def _has_rows(x: Tensor, fewest: int = _FEWEST_ROWS) -> bool:
-    enough = math.prod(x.shape[:-1]) >= fewest
-    if torch.compiler.is_compiling():  # a number of rows that only the data tell is left to torch
+    return is_known(math.prod(x.shape[:-1]) >= fewest)
+
+
+def is_known(condition: bool) -> bool:
+    """Whether a condition on sizes holds. One that hangs on a size that only the data tell does not."""
+    if torch.compiler.is_compiling() or not isinstance(condition, bool):
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-        return guard_or_false(enough)
-    return enough
+        return guard_or_false(condition)
+    return condition
 
 
 @torch.compiler.assume_constant_result  # the CPU does not change

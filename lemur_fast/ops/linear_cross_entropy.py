@@ -82,7 +82,8 @@ class Gradients(NamedTuple):
     """dhidden ``[T, H]`` in the dtype of hidden, dweight ``[V, H]`` as wanted, dbias ``[V]`` in float32; empty if
     unwanted.
 
-    With AMX dweight lies in memory as ``[H, V]``: its products take half as long when the short operand is turned.
+    In bfloat16 with AMX dweight lies in memory as ``[H, V]``: its products take half as long when the short operand is
+    turned.
     """
 
     hidden: Tensor
@@ -100,16 +101,19 @@ class Wanted(NamedTuple):
 
 def _empty_gradients(layer: Layer, wanted: Wanted) -> Gradients:
     hidden, weight, _ = layer
-    dweight = hidden.new_empty(0, 0, dtype=wanted.weight)
-    if wanted.weight is not None:
-        turned = hidden.device.type == "cpu" and _products.has_amx()
-        shape = weight.T.shape if turned else weight.shape
-        dweight = hidden.new_empty(shape, dtype=wanted.weight)
-        dweight = dweight.T if turned else dweight
+    wide = compute_dtype(hidden.dtype)
+    if wanted.weight not in (None, wide, hidden.dtype):  # the kernels take memory as it is called
+        raise TypeError(f"want_weight: got {wanted.weight}; takes {wide}, {hidden.dtype}, the dtype of hidden, or None")
+    if wanted.weight is None:
+        dweight = hidden.new_empty(0, 0, dtype=wide)
+    elif hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and _products.has_amx():
+        dweight = hidden.new_empty(weight.T.shape, dtype=wanted.weight).T
+    else:
+        dweight = hidden.new_empty(weight.shape, dtype=wanted.weight)
     return Gradients(
         hidden.new_empty(hidden.shape if wanted.hidden else 0),
         dweight,
-        hidden.new_empty(weight.shape[0] if wanted.bias else 0, dtype=compute_dtype(hidden.dtype)),
+        hidden.new_empty(weight.shape[0] if wanted.bias else 0, dtype=wide),
     )
 
 
@@ -141,7 +145,7 @@ def _reference_run(
         dlogits = token_loss_backward_reference(dloss, logits, labels, losses.lse, options)
         gradients = Gradients(
             (dlogits @ weight).to(layer.hidden.dtype) if wanted.hidden else gradients.hidden,
-            torch.mm(dlogits.T, hidden, out=gradients.weight) if wanted.weight else gradients.weight,
+            gradients.weight.copy_(dlogits.T @ hidden) if wanted.weight else gradients.weight,
             dlogits.sum(0) if wanted.bias else gradients.bias,
         )
     return losses, gradients
@@ -206,10 +210,15 @@ def _cpu_run(
         gradients.bias.zero_()
         return losses, gradients
     chunks = _chunks(trained[:count], most)
+    wide = compute_dtype(hidden.dtype)
+    if len(chunks) > 1 and wanted.weight not in (None, wide):  # a graph from a CPU that takes more in a chunk
+        wider = wanted._replace(weight=wide)
+        losses, gradients = _cpu_run(layer, labels, rows, options, want_stats, dloss, wider, chunk_tokens)
+        return losses, gradients._replace(weight=gradients.weight.to(wanted.weight))
     # Fresh memory is dear (the system clears it page by page), so all chunks share theirs.
     memory = hidden.new_empty(chunks[0].numel(), vocab)
     widened = _products.serves(hidden[: chunks[0].numel()], weight)
-    product = None if widened else _memory_of_product(gradients.weight, hidden)
+    product = _memory_of_product(gradients.weight, hidden) if wanted.weight and not widened else None
     for number, chunk_rows in enumerate(chunks):
         logits = memory[: chunk_rows.numel()]
         hidden_rows = hidden[chunk_rows]
@@ -256,16 +265,12 @@ def _most_tokens(layer: Layer, chunk_tokens: int | None) -> int:
 
 
 def _dtype_of_dweight(hidden: Tensor, weight: Tensor, chunk_tokens: int | None, backend: str) -> torch.dtype:
-    """float32, or that of a CPU's product where there is but one, which torch has rounded already."""
+    """That of a sum, or of a CPU's product where there is but one, which torch has rounded already."""
     wide = compute_dtype(hidden.dtype)
     if hidden.dtype == wide or backend != "cpu" or weight.dtype != hidden.dtype or _products.serves(hidden, weight):
         return wide
-    at_once = hidden.shape[0] <= _most_tokens(Layer(hidden, weight, None), chunk_tokens)
-    if torch.compiler.is_compiling():  # a number of tokens that only the data tell may be any
-        from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-        at_once = guard_or_false(at_once)
-    return hidden.dtype if at_once else wide
+    most = _most_tokens(Layer(hidden, weight, None), chunk_tokens)
+    return hidden.dtype if _products.is_known(hidden.shape[0] <= most) else wide
 
 
 def _count_trained(labels: Tensor, vocab: int, options: LossOptions) -> int:
@@ -332,7 +337,7 @@ def _cpu_sum_at_once(
 
 def _memory_of_product(dweight: Tensor, hidden: Tensor) -> Tensor | None:
     """For _add_product, where dweight must be widened."""
-    if dweight.dtype == hidden.dtype or not dweight.numel():
+    if dweight.dtype == hidden.dtype:
         return None
     return hidden.new_empty(dweight.shape[1] * min(dweight.shape[0], _PRODUCT_ROWS))
 
@@ -656,9 +661,9 @@ def _backward_tokens(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple:
         return (None,) * 12
     hidden, weight, bias, labels, rows = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    of_weight = _dtype_of_dweight(hidden, weight, ctx.options[0], ctx.backend) if wanted[1] else None
+    dtype_of_dweight = _dtype_of_dweight(hidden, weight, ctx.options[0], ctx.backend) if wanted[1] else None
     dhidden, dweight, dbias = _linear_cross_entropy_bwd_op(
-        dloss, hidden, weight, bias, labels, rows, *ctx.options, wanted[0], of_weight, wanted[2], ctx.backend
+        dloss, hidden, weight, bias, labels, rows, *ctx.options, wanted[0], dtype_of_dweight, wanted[2], ctx.backend
     )
     return (
         dhidden if wanted[0] else None,
@@ -719,7 +724,8 @@ def linear_cross_entropy(
     """``cross_entropy(hidden @ weight.T + bias, labels)`` without holding the logits.
 
     The product is taken in the dtype of `hidden` (under autocast, in the autocast dtype); `weight` may be wider, and
-    gets its gradient from a float32 sum either way.
+    gets its gradient from a float32 sum then. One of the same dtype gets it from a float32 sum over the chunks, whose
+    products torch rounds to that dtype where it multiplies as such.
 
     Args:
         hidden: ``[T, H]``.

@@ -102,9 +102,9 @@ def test_linear_cross_entropy_matches_float64(backend, dtype, reduction, options
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (1, 7), (5, 2), (300, 33)])
 def test_odd_sizes(backend, tokens, vocab):
     compare(lf.ops.cross_entropy, formula, logit_case(tokens, vocab, ignored=0.0), ["logits"])
-    compare(
-        lf.ops.linear_cross_entropy, linear_formula, linear_case(tokens, vocab, 5, ignored=0.0), ["hidden", "weight"]
-    )
+    for width, dtype in ((5, torch.float32), (0, torch.float32), (0, torch.bfloat16)):
+        case = linear_case(tokens, vocab, width, dtype=dtype, ignored=0.0)
+        compare(lf.ops.linear_cross_entropy, linear_formula, case, ["hidden", "weight"])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

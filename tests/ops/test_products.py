@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,21 +219,22 @@ def test_what_is_left_to_torch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("features", "machine", "faster"),
+    ("features", "full_rate", "machine", "faster"),
     [
-        ("avx2 fma f16c", "x86_64", True),
-        ("avx2 avx512f", "AMD64", True),
-        ("avx2 avx512f avx512_bf16", "x86_64", False),  # Cooper Lake, Zen 4
-        ("avx2 avx512f avx512_bf16 avx512_fp16", "x86_64", True),  # Sapphire Rapids without AMX
-        ("avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_tile", "x86_64", False),
-        ("neon", "aarch64", False),
+        ("avx2 fma f16c", False, "x86_64", True),
+        ("avx2 avx512f", False, "AMD64", True),
+        ("avx2 avx512f avx512_bf16", True, "x86_64", False),  # Cooper Lake, Zen 4
+        ("avx2 avx512f avx512_bf16 avx512_fp16", False, "x86_64", True),  # Sapphire Rapids without AMX
+        ("avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_tile", False, "x86_64", False),
+        ("neon", False, "aarch64", False),
     ],
 )
-def test_where_float32_is_faster(monkeypatch, features, machine, faster):
+def test_where_float32_is_faster(monkeypatch, features, full_rate, machine, faster):
     monkeypatch.undo()
     monkeypatch.setattr(_products.platform, "machine", lambda: machine)
     monkeypatch.setattr(_compiled, "missing", None)
-    monkeypatch.setattr(_compiled, "C", type("C", (), {"cpu": type("cpu", (), {"features": features.split})}))
+    cpu = SimpleNamespace(features=features.split, bfloat16_at_full_rate=lambda: full_rate)
+    monkeypatch.setattr(_compiled, "C", SimpleNamespace(cpu=cpu))
     _products.float32_is_faster.cache_clear()
     try:
         assert _products.float32_is_faster() is faster

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lemur_fast as lf
+from lemur_fast.ops import _products
 
 CU = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
 OPS = torch.ops.lemur_fast
@@ -49,6 +50,50 @@ def operator_calls(backend):
 def test_opcheck(backend, op):
     for arguments in operator_calls(backend)[op]:
         torch.library.opcheck(getattr(OPS, op).default, arguments)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype_of_dweight", [torch.bfloat16, torch.float32])
+def test_opcheck_of_a_gradient_in_either_dtype(backend, monkeypatch, amx, dtype_of_dweight):
+    monkeypatch.setattr(_products, "has_amx", lambda: amx)
+    hidden, head = tensors((6, 8), (9, 8), dtype=torch.bfloat16)
+    labels, options = torch.tensor([0, 3, -100, 8, 1, -100]), (-100, 0.1, 0.01, 2.0)
+    for chunk_tokens in (None, 2):
+        arguments = (hidden, head, None, labels, None, None, chunk_tokens, *options, True, False)
+        arguments += (True, dtype_of_dweight, False, backend)
+        torch.library.opcheck(OPS.linear_cross_entropy_sum.default, arguments)
+
+
+def test_a_gradient_in_another_dtype_is_refused(backend):
+    (hidden, head), labels = tensors((6, 8), (9, 8), dtype=torch.bfloat16), torch.zeros(6, dtype=torch.long)
+    arguments = (hidden, head, None, labels, None, None, None, -100, 0.0, 0.0, 0.0, True, False)
+    with pytest.raises(TypeError, match=r"want_weight: got torch.float16; takes torch.float32, torch.bfloat16, "):
+        OPS.linear_cross_entropy_sum(*arguments, True, torch.float16, False, backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiled_for_any_number_of_chunks(backend, monkeypatch, reduction):
+    """In bfloat16, whose dweight hangs on it; where only the data tell how many rows there are, too."""
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: False)
+
+    def loss(hidden, head, labels):
+        return lf.ops.linear_cross_entropy(hidden, head, labels, chunk_tokens=10, reduction=reduction).sum()
+
+    def loss_of_some(hidden, head, labels):
+        rows = (labels > 3).nonzero()[:, 0]
+        return loss(hidden[rows], head, labels[rows])
+
+    for function in (loss, loss_of_some):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for tokens in (8, 30, 9, 70, 10, 11):
+            hidden, head = tensors((tokens, 8), (9, 8), dtype=torch.bfloat16)
+            labels = torch.randint(0, 9, (tokens,))
+            labels[0] = 8
+            plain, traced = (run(hidden, head, labels) for run in (function, compiled))
+            torch.testing.assert_close(plain, traced)
+            torch.testing.assert_close(*(torch.autograd.grad(out, (hidden, head)) for out in (plain, traced)))
 
 
 def model(x, residual, weight, qkv, cos, sin, cu, hidden, head, labels):
