@@ -267,14 +267,14 @@ _FEWEST_TRANSPOSED = 256, 2**20
 
 
 @functools.cache
-def has_amx() -> bool:
-    """Whether this CPU has AMX's product of bfloat16."""
+def _has_amx() -> bool:
     return _compiled.missing is None and "amx_bf16" in _compiled.C.cpu.features()
 
 
 @torch.compiler.assume_constant_result  # the CPU does not change
-def _has_amx() -> bool:
-    return has_amx()
+def has_amx() -> bool:
+    """Whether this CPU has AMX's product of bfloat16."""
+    return _has_amx()
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -313,9 +313,7 @@ def weight_gradients(dys: Sequence[Tensor | None], x: Tensor, compiled: bool) ->
     """
     inputs, x_transposed = x.shape[1], None
     fewest_rows, fewest_elements = _FEWEST_TRANSPOSED
-    pays = (
-        x.dtype == torch.bfloat16 and x.device.type == "cpu" and compiled and _has_amx() and _has_rows(x, fewest_rows)
-    )
+    pays = x.dtype == torch.bfloat16 and x.device.type == "cpu" and compiled and has_amx() and _has_rows(x, fewest_rows)
     result: list[Tensor | None] = []
     for dy in dys:
         if dy is None:
