@@ -56,26 +56,22 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.bfloat16
         and x.device.type == weight.device.type == "cpu"
+        and dispatch.allows("cpu")
+        and _float32_is_faster()  # before a number of rows is looked at, on which a trace would depend from then on
         and _has_rows(x)
         and weight.dim() == 2
         and weight.shape[0] > 0
         and weight.shape[1] > 0
-        and dispatch.allows("cpu")
-        and _float32_is_faster()
     )
 
 
 def _has_rows(x: Tensor, fewest: int = _FEWEST_ROWS) -> bool:
-    return is_known(math.prod(x.shape[:-1]) >= fewest)
-
-
-def is_known(condition: bool) -> bool:
-    """Whether a condition on sizes holds. One that hangs on a size that only the data tell does not."""
-    if torch.compiler.is_compiling() or not isinstance(condition, bool):
+    enough = math.prod(x.shape[:-1]) >= fewest
+    if torch.compiler.is_compiling() or not isinstance(enough, bool):  # what only the data tell is left to torch
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-        return guard_or_false(condition)
-    return condition
+        return guard_or_false(enough)
+    return enough
 
 
 @torch.compiler.assume_constant_result  # the CPU does not change

@@ -270,8 +270,12 @@ def _dtype_of_dweight(hidden: Tensor, weight: Tensor, chunk_tokens: int | None, 
     wide = compute_dtype(hidden.dtype)
     if hidden.dtype == wide or backend != "cpu" or weight.dtype != hidden.dtype or _products.serves(hidden, weight):
         return wide
-    most = _most_tokens(Layer(hidden, weight, None), chunk_tokens)
-    return hidden.dtype if _products.is_known(hidden.shape[0] <= most) else wide
+    at_once = hidden.shape[0] <= _most_tokens(Layer(hidden, weight, None), chunk_tokens)
+    if torch.compiler.is_compiling() or not isinstance(at_once, bool):  # a trace for any number of tokens stays one
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        at_once = statically_known_true(at_once)
+    return hidden.dtype if at_once else wide
 
 
 def _count_trained(labels: Tensor, vocab: int, options: LossOptions) -> int:
@@ -366,6 +370,8 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, memory: Tensor 
 
 def _add(total: Tensor, x: Tensor, first: bool) -> None:
     """Sets total to x, or adds x, widened on the way: CPU products cannot widen their output."""
+    if not x.numel():
+        return
     _compiled.C.cpu.accumulate(
         total=total.data_ptr(),
         total_stride=total.stride(0),

@@ -104,7 +104,13 @@ def test_odd_sizes(backend, tokens, vocab):
     compare(lf.ops.cross_entropy, formula, logit_case(tokens, vocab, ignored=0.0), ["logits"])
     for width, dtype in ((5, torch.float32), (0, torch.float32), (0, torch.bfloat16)):
         case = linear_case(tokens, vocab, width, dtype=dtype, ignored=0.0)
-        compare(lf.ops.linear_cross_entropy, linear_formula, case, ["hidden", "weight"])
+        for chunk_tokens in (None, 2):
+            compare(
+                lambda **t: lf.ops.linear_cross_entropy(**t, chunk_tokens=chunk_tokens),  # noqa: B023
+                linear_formula,
+                case,
+                ["hidden", "weight"],
+            )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

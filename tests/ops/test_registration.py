@@ -96,6 +96,31 @@ def test_compiled_for_any_number_of_chunks(backend, monkeypatch, reduction):
             torch.testing.assert_close(*(torch.autograd.grad(out, (hidden, head)) for out in (plain, traced)))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_any_number_of_tokens_stays_one_trace(backend, monkeypatch, reduction):
+    """Neither a chunk nor the rows of a product bind a size that was said to be dynamic."""
+    monkeypatch.setattr(_products, "float32_is_faster", lambda: False)
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, head, labels):
+            return lf.ops.linear_cross_entropy(hidden, head, labels, chunk_tokens=64, reduction=reduction).sum()
+
+    hidden, head = tensors((64, 8), (9, 8), dtype=torch.bfloat16)
+    labels, tokens = torch.randint(0, 9, (64,)), torch.export.Dim("tokens", min=2, max=5000)
+    sizes = ({0: tokens}, None, {0: tokens})
+    program = torch.export.export(Loss(), (hidden, head, labels), dynamic_shapes=sizes, strict=False).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
+    torch._dynamo.mark_dynamic(hidden, 0)
+    torch._dynamo.mark_dynamic(labels, 0)
+    for tokens in (64, 30, 100):
+        if tokens != 64:
+            (hidden,), labels = tensors((tokens, 8), dtype=torch.bfloat16), torch.randint(0, 9, (tokens,))
+        (want,) = torch.autograd.grad(Loss()(hidden, head, labels), head)
+        for run in (program, compiled):
+            torch.testing.assert_close(torch.autograd.grad(run(hidden, head, labels), head)[0], want)
+
+
 def model(x, residual, weight, qkv, cos, sin, cu, hidden, head, labels):
     """All six public functions, as a transformer layer and its loss use them."""
     y, h = lf.ops.rms_norm(x, weight, residual=residual)
