@@ -90,12 +90,22 @@ def case(head_dim: int, dtype: torch.dtype, queries: int, keys: int, heads: int 
     return tensor(queries, heads), tensor(keys, kv_heads), tensor(keys, kv_heads), tensor(queries, heads)
 
 
-def floor_of(name: str, isa: str, dtype: torch.dtype, terms: int) -> float:
-    """Of gradients, sums of so many terms: dP - delta cancels; and where bfloat16 is multiplied as such, P and dS are
-    rounded to it before, independently, so that what a sum is off by grows as the root of their number."""
-    if not name.startswith("d"):
-        return 2**-20
-    return 2**-10 * (terms / 70) ** 0.5 if isa in ("amx", "avx512_bf16") and dtype == torch.bfloat16 else 2**-18
+def assert_right(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu_q: Tensor, cu_k: Tensor, isa: str, terms: int, **options
+) -> None:
+    """Results and gradients, sums of so many terms, against float64.
+
+    In gradients dP - delta cancels; and where bfloat16 is multiplied as such, P and dS, of order 1, are rounded to it
+    before, independently, so that what a sum is off by grows as the root of the number of its terms.
+    """
+    rounded = isa in ("amx", "avx512_bf16") and q.dtype == torch.bfloat16
+    floor = 2**-10 * (terms / 70) ** 0.5 if rounded else 2**-18
+    out, lse = forward(q, k, v, cu_q, cu_k, **options)
+    grads = backward(dout, q, k, v, out, lse, cu_q, cu_k, **options)
+    stock = formula(q, k, v, dout, out, cu_q, cu_k, **options)
+    exact = formula(*(x.double() for x in (q, k, v, dout, out)), cu_q, cu_k, **options)
+    for name, got, peer, want in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), stock, exact, strict=True):
+        assert_as_good(name, got, peer, want, floor=floor if name.startswith("d") else 2**-20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,13 +114,8 @@ def floor_of(name: str, isa: str, dtype: torch.dtype, terms: int) -> float:
 def test_against_float64(isa, dtype, options, head_dim):
     # documents of less than a block, none at all, more keys than queries, and fewer
     cu_q, cu_k = bounds(1, 63, 0, 65, 5, 20), bounds(1, 63, 3, 65, 70, 9)
-    q, k, v, dout = case(head_dim, dtype, int(cu_q[-1]) + 3, int(cu_k[-1]) + 2)
-    out, lse = forward(q, k, v, cu_q, cu_k, **options)
-    grads = backward(dout, q, k, v, out, lse, cu_q, cu_k, **options)
-    stock = formula(q, k, v, dout, out, cu_q, cu_k, **options)
-    exact = formula(*(x.double() for x in (q, k, v, dout, out)), cu_q, cu_k, **options)
-    for name, got, peer, want in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), stock, exact, strict=True):
-        assert_as_good(name, got, peer, want, floor=floor_of(name, isa, dtype, 70))
+    inputs = case(head_dim, dtype, int(cu_q[-1]) + 3, int(cu_k[-1]) + 2)
+    assert_right(*inputs, cu_q, cu_k, isa, terms=70, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,13 +124,8 @@ def test_against_float64(isa, dtype, options, head_dim):
 def test_several_blocks_against_float64(isa, dtype, options, head_dim):
     """Of 96 tokens: one more than one, one less than two and more than two, with keys that begin at any lane."""
     cu_q, cu_k = bounds(97, 191, 205, 100), bounds(97, 200, 206, 131)
-    q, k, v, dout = case(head_dim, dtype, int(cu_q[-1]), int(cu_k[-1]), heads=4, kv_heads=2)
-    out, lse = forward(q, k, v, cu_q, cu_k, **options)
-    grads = backward(dout, q, k, v, out, lse, cu_q, cu_k, **options)
-    stock = formula(q, k, v, dout, out, cu_q, cu_k, **options)
-    exact = formula(*(x.double() for x in (q, k, v, dout, out)), cu_q, cu_k, **options)
-    for name, got, peer, want in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), stock, exact, strict=True):
-        assert_as_good(name, got, peer, want, floor=floor_of(name, isa, dtype, 206))
+    inputs = case(head_dim, dtype, int(cu_q[-1]), int(cu_k[-1]), heads=4, kv_heads=2)
+    assert_right(*inputs, cu_q, cu_k, isa, terms=206, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
