@@ -166,6 +166,77 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
           least(kBlock, length - first), head_dim};
 }
 
+// A document's key head, with all its query heads.
+struct Task {
+  const AttentionDocument* document = nullptr;
+  int64_t kv_head = 0;
+};
+
+// A block of queries.
+struct Place {
+  Task task;
+  int64_t head;
+  int64_t block;
+
+  // The one that a thread comes to after it; without a document where that is not known.
+  Place after(const Task& next, int64_t group) const {
+    if (block + 1 < blocks_of(task.document->queries)) return {task, head, block + 1};
+    if (head + 1 < (task.kv_head + 1) * group) return {task, head + 1, 0};
+    return {next, next.kv_head * group, 0};
+  }
+};
+
+// Rows that are read soon. Every call of ask() asks for those of the next tensor, between pieces of arithmetic that the
+// memory can work beside. Short documents would else wait for their rows a fifth of the time: those of a head are too
+// few, and lie too far apart, for the CPU to foresee them.
+class Ahead {
+ public:
+  template <typename T>
+  void add(const Rows<T>& rows) {
+    constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+    pieces_[count_++] = {reinterpret_cast<const char*>(rows.data), rows.stride * kSize, rows.count, rows.width * kSize};
+  }
+  void ask() {
+    if (asked_ == count_) return;
+    const Rows<char>& rows = pieces_[asked_++];
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const char* from = rows.data + row * rows.stride;
+      for (int64_t i = 0; i < rows.width; i += kLine) __builtin_prefetch(from + i, 0, kSecondCache);
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64, kSecondCache = 2;
+  Rows<char> pieces_[6];
+  int count_ = 0, asked_ = 0;
+};
+
+// What is read first of a block of queries: theirs, and the keys and values in the same place, unless another head has.
+template <typename T, bool kBackward>
+Ahead rows_of(const Attention& a, const Place& place) {
+  Ahead ahead;
+  if (!place.task.document) return ahead;
+  const AttentionDocument& doc = *place.task.document;
+  const auto of_queries = [&](const Strided& x) {
+    ahead.add(block_rows<T>(x, place.head, doc.query_start, doc.queries, place.block, a.head_dim));
+  };
+  const auto of_keys = [&](const Strided& x) {
+    ahead.add(block_rows<T>(x, place.task.kv_head, doc.key_start, doc.keys, place.block, a.head_dim));
+  };
+  of_queries(a.q);
+  if constexpr (kBackward) {
+    of_queries(a.dout);
+    of_queries(a.o);
+    const int64_t first = place.block * kBlock, count = least(kBlock, doc.queries - first);
+    ahead.add(Rows<float>{a.lse + place.head * a.query_tokens + doc.query_start + first, 0, 1, count});
+  }
+  if (place.head == place.task.kv_head * (a.q_heads / a.kv_heads)) {
+    of_keys(a.k);
+    of_keys(a.v);
+  }
+  return ahead;
+}
+
 // Whether a result is written past the caches. It pays much earlier than elsewhere: the rows of a
 // head lie far apart, and an ordinary store waits for each of their lines to be read first. Below, who reads the result
 // next loses more than that.
@@ -325,7 +396,10 @@ struct Forward {
     return 2 * blocks_of(longest) * pack + pack + kBlock * width + kBlock * kBlock + 2 * kBlock;
   }
 
-  void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
+  // `next` is the thread's next task, if that is known.
+  void task(const Task& task, const Task& next, float* memory) const {
+    const AttentionDocument& doc = *task.document;
+    const int64_t kv_head = task.kv_head;
     Arena<Policy> arena{memory};
     const int64_t pack = round_up(Policy::pack_size(width), 16), key_blocks = blocks_of(doc.keys);
     const Packs<Policy> keys(arena, pack, key_blocks), values(arena, pack, key_blocks), query(arena, pack, 1);
@@ -339,6 +413,7 @@ struct Forward {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
         const int64_t lanes = round_up(count, Policy::kWidth);
+        Ahead ahead = rows_of<T, false>(a, Place{task, head, block}.after(next, group));
         Policy::pack_transposed_b(block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim), width,
                                   query[0]);
         for (int64_t i = 0; i < lanes; ++i) {
@@ -357,12 +432,15 @@ struct Forward {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
           const Bands<Policy> bands{mask, padded, count, lanes};
+          ahead.ask();
           bands.each([&](int64_t row, int64_t many, int64_t lane) {
             policy.product(many, lanes - lane, width, keys[key_block] + row * width, width,
                            query[0] + Policy::column(lane), kBlock, s + row * kBlock + lane, kBlock, false);
           });
+          ahead.ask();
           softmax_block(score, bands, s, rows, largest, total, output, key_block == begin);
           std::memset(s + rows * kBlock, 0, sizeof(float) * static_cast<size_t>((padded - rows) * kBlock));
+          ahead.ask();
           output.add(policy, bands, Policy::operand(s), values[key_block], key_block == begin);
         }
         finish(doc.query_start + first, head, count, largest, total, output);
@@ -398,7 +476,10 @@ struct Backward {
            2 * kBlock + (2 + Policy::kPaired) * kBlock * kBlock;
   }
 
-  void task(const AttentionDocument& doc, int64_t kv_head, float* memory) const {
+  // `next` is the thread's next task, if that is known.
+  void task(const Task& task, const Task& next, float* memory) const {
+    const AttentionDocument& doc = *task.document;
+    const int64_t kv_head = task.kv_head;
     Arena<Policy> arena{memory};
     const int64_t pack = round_up(Policy::pack_size(width), 16), block_size = kBlock * width;
     const int64_t key_blocks = blocks_of(doc.keys);
@@ -426,9 +507,11 @@ struct Backward {
         if (begin >= end) dq.clear(lanes);
         const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
         const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
+        Ahead ahead = rows_of<T, true>(a, Place{task, head, block}.after(next, group));
+        ahead.ask();
         Policy::pack_both_b(q, width, query, query_turned);
         Policy::pack_both_b(grad, width, dout, dout_turned);
-        statistics(doc, head, block, grad, lse, delta);
+        statistics(doc, head, block, grad, lanes, lse, delta);
         const int64_t past_summed = packed;  // the blocks of keys before it have sums already
         for (; packed < end; ++packed) {
           const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
@@ -441,6 +524,7 @@ struct Backward {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
           const Bands<Policy> bands{mask, padded, count, lanes};
+          ahead.ask();
           bands.each([&](int64_t row, int64_t many, int64_t lane) {
             const int64_t left = row * width, right = Policy::column(lane), at = row * kBlock + lane;
             policy.product(many, lanes - lane, width, keys[key_block] + left, width, query_turned + right, kBlock,
@@ -448,10 +532,14 @@ struct Backward {
             policy.product(many, lanes - lane, width, values[key_block] + left, width, dout_turned + right, kBlock,
                            ds + at, kBlock, false);
           });
+          ahead.ask();
           gradients_of_scores(bands, p, ds, ds_paired, rows, lse, delta);
           const int64_t at = key_block * block_size;
+          ahead.ask();
           add_query_sums(policy, bands, Policy::operand(p), dout, width, dv + at, key_block >= past_summed);
+          ahead.ask();
           add_query_sums(policy, bands, Policy::operand(ds), query, width, dk + at, key_block >= past_summed);
+          ahead.ask();
           dq.add(policy, bands, Policy::operand(ds_paired), keys_summed[key_block], key_block == begin);
         }
         T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
@@ -472,11 +560,11 @@ struct Backward {
   }
 
   // lse in base 2, +inf where a query sees nothing, so that its probabilities are 0; and delta.
-  void statistics(const AttentionDocument& doc, int64_t head, int64_t block, const Rows<T>& grad, float* lse,
-                  float* delta) const {
+  void statistics(const AttentionDocument& doc, int64_t head, int64_t block, const Rows<T>& grad, int64_t lanes,
+                  float* lse, float* delta) const {
     const auto out = block_rows<T>(a.o, head, doc.query_start, doc.queries, block, a.head_dim);
     const int64_t at = head * a.query_tokens + doc.query_start + block * kBlock;
-    for (int64_t i = 0; i < kBlock; ++i) {
+    for (int64_t i = 0; i < lanes; ++i) {
       lse[i] = INFINITY;
       delta[i] = 0.f;
       if (i >= grad.count) continue;
@@ -539,21 +627,28 @@ void run_tasks(const Attention& a) {
   for (int64_t i = 0; i < a.num_documents; ++i) {
     longest = most(longest, most(a.documents[i].queries, a.documents[i].keys));
   }
-  // Documents come with the dearest first; a thread takes the next tasks when it is done with some: heads of a document
-  // as long as there are many tasks, for their rows lie side by side.
+  // Documents come with the dearest first; a thread takes the next tasks when it is done with some. Where there are
+  // many, it takes heads of a document at once, for their rows lie side by side, and takes them a task early, to know
+  // whose rows to ask for.
   const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
+  const auto task_at = [&](int64_t i) {
+    return i < tasks ? Task{&a.documents[i / a.kv_heads], i % a.kv_heads} : Task{};
+  };
   int64_t next = 0;
   parallel_for(least(max_threads(), tasks), 1, [&](int64_t, int64_t) {
     const ThreadScratch scratch(floats);
     const Run run{a};
-    const int64_t at_once = most(1, least(a.kv_heads, tasks / (32 * max_threads())));
-    for (;;) {
-      const int64_t first = __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED);
-      if (first >= tasks) return finish_streams();
-      for (int64_t i = first; i < least(tasks, first + at_once); ++i) {
-        run.task(a.documents[i / a.kv_heads], i % a.kv_heads, scratch.data());
-      }
+    const int64_t share = tasks / (32 * max_threads()), at_once = most(1, least(a.kv_heads, share));
+    const auto take = [&] { return __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED); };
+    for (int64_t i = take(), past = i + at_once; i < tasks;) {
+      const bool last = i + 1 == past, early = last && share > 0;
+      int64_t then = early ? take() : last ? tasks : i + 1;
+      run.task(task_at(i), task_at(then), scratch.data());
+      if (last && !early) then = take();
+      if (last) past = then + at_once;
+      i = then;
     }
+    finish_streams();
   });
 }
 

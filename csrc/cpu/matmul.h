@@ -85,7 +85,9 @@ struct Registers {
   template <int kRows, int kColumns, bool kTurned>
   static void tile(int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                    int64_t c_stride, bool accumulate) {
+    // Unrolled, because GCC would keep the sums in memory before and after the steps: a tenth of the time.
     Reg sums[kRows][kColumns];
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
         sums[i][j] = accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
@@ -94,11 +96,13 @@ struct Registers {
     for (int64_t step = 0; step < k; ++step) {
       Reg right[kColumns];
       for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
+#pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const Reg left = broadcast_reg(kTurned ? a[step * a_stride + i] : a[i * a_stride + step]);
         for (int j = 0; j < kColumns; ++j) sums[i][j] = Operand::multiply(left, right[j], sums[i][j]);
       }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
     }
@@ -270,8 +274,8 @@ struct Pairs {
 
   // Writes x [width] times `factor`; `streamed` as for_lanes has it.
   static void write_row(const float* x, int64_t width, float factor, bfloat16* out, bool streamed) {
-    const Vec by = broadcast(factor);
-    for_lanes(width, streamed, [&](int64_t i, auto lanes) { store(out + i, mul(load(x + i, lanes), by), lanes); });
+    const Reg by = broadcast_reg(factor);
+    for_lanes(width, streamed, [&](int64_t i, auto lanes) { write(x + i, by, out + i, lanes); });
   }
 
   static bfloat16* operand(float* result) { return reinterpret_cast<bfloat16*>(result); }
@@ -282,6 +286,16 @@ struct Pairs {
   }
   static void store_as_b(float* result, int64_t row, int64_t lane, Reg first, Reg second) {
     store_bits(operand(result) + row * kResultStride + 2 * lane, round_pairs(first, second));
+  }
+
+ private:
+  static void write(const float* x, Reg factor, bfloat16* out, Full) { store_bits(out, rounded(x, factor)); }
+  static void write(const float* x, Reg factor, bfloat16* out, Streamed) { stream_bits(out, rounded(x, factor)); }
+  static void write(const float* x, Reg factor, bfloat16* out, Tail tail) {
+    store(out, mul(load(x, tail), Vec{factor, factor}), tail);
+  }
+  static Bits rounded(const float* x, Reg factor) {
+    return round_both(mul(load_reg(x), factor), mul(load_reg(x + kRegLanes), factor));
   }
 
  protected:

@@ -108,15 +108,23 @@ inline void store_rounded(bfloat16* p, Reg v) {
   const __m256bh rounded = _mm512_cvtneps_pbh(v);
   std::memcpy(p, &rounded, sizeof rounded);
 }
-// The elements of a and b in turns.
-inline Bits round_pairs(Reg a, Reg b) {
+inline bool none_subnormal(Reg a, Reg b) {
+  constexpr int kSubnormal = 0x20;
+  return _kortestz_mask16_u8(_mm512_fpclass_ps_mask(a, kSubnormal), _mm512_fpclass_ps_mask(b, kSubnormal));
+}
+// The elements of a, then those of b.
+inline Bits round_both(Reg a, Reg b) {
   const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
   Bits bits;
   std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+// The elements of a and b in turns.
+inline Bits round_pairs(Reg a, Reg b) {
   const Bits in_turns =
       _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
                         0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-  return _mm512_permutexvar_epi16(in_turns, bits);
+  return _mm512_permutexvar_epi16(in_turns, round_both(a, b));
 }
 // Writes the elements of a and b in turns, 2 kLanes of them.
 inline void store_pairs(Bits a, Bits b, bfloat16* p) {
@@ -474,8 +482,16 @@ inline void store(T* p, Vec v, Full) {
   store_reg(p, v.even);
   store_reg(p + kRegLanes, v.odd);
 }
-inline void store(bfloat16* p, Vec v, Full) { store_bits(p, join_upper(round_upper(v.even), round_upper(v.odd))); }
-inline void store(bfloat16* p, Vec v, Streamed) { stream_bits(p, join_upper(round_upper(v.even), round_upper(v.odd))); }
+// In memory order, to nearest even. The conversion of the instruction set takes subnormal numbers for zeros, so it
+// serves where there are none.
+inline Bits round_elements(Vec v) {
+#if defined(LEMUR_ISA_AVX512_BF16)
+  if (__builtin_expect(none_subnormal(v.even, v.odd), true)) return round_pairs(v.even, v.odd);
+#endif
+  return join_upper(round_upper(v.even), round_upper(v.odd));
+}
+inline void store(bfloat16* p, Vec v, Full) { store_bits(p, round_elements(v)); }
+inline void store(bfloat16* p, Vec v, Streamed) { stream_bits(p, round_elements(v)); }
 // From a buffer in the first cache, so that lines go out whole.
 template <typename T>
 inline void stream_lines(T* p, const T* memory) {

@@ -134,6 +134,11 @@ inline uint16_t compare(const Floats& a, const Floats& b) {
     return kPredicate == _CMP_LT_OQ ? a.at[i] < b.at[i] : !std::isnan(a.at[i]) && !std::isnan(b.at[i]);
   });
 }
+template <int kClasses>
+inline uint16_t classify(const Floats& a) {
+  static_assert(kClasses == 0x20, "subnormal, the one that is used");
+  return mask([&](int i) { return std::fpclassify(a.at[i]) == FP_SUBNORMAL; });
+}
 // Bits 0 to 3 of an index choose the element, bit 4 the operand.
 inline Floats permutex2var(const Floats& a, const Ints& index, const Floats& b) {
   return floats([&](int i) { return (index.at[i] & 16 ? b : a).at[index.at[i] & 15]; });
@@ -319,6 +324,8 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_reduce_max_ps emulated::reduce_max
 #define _mm512_cvtss_f32(v) (v).at[0]
 #define _mm512_cmp_ps_mask(a, b, predicate) emulated::compare<predicate>(a, b)
+#define _mm512_fpclass_ps_mask(v, classes) emulated::classify<classes>(v)
+#define _kortestz_mask16_u8(a, b) (((a) | (b)) == 0)
 #define _mm512_permutex2var_ps emulated::permutex2var
 #define _mm512_cvtph_ps emulated::from_halves
 #define _mm512_cvtps_ph(v, rounding) emulated::to_halves(v)
