@@ -65,11 +65,11 @@ struct Registers {
   static constexpr int kPanel = 2, kSums = 8;
 #endif
 
-  // The fewer registers across, the more rows at a time.
+  // The fewer registers across, the more rows at a time: but eight, or their addresses do not fit the registers.
   template <int kColumns, bool kTurned>
   static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                     int64_t c_stride, bool accumulate) {
-    constexpr int kTall = kColumns < kPanel ? kSums / kColumns / kStep * kStep : kStep;
+    constexpr int kFit = kSums / kColumns / kStep * kStep, kTall = kFit < 8 ? kFit : 8;
     const int64_t row_step = kTurned ? 1 : a_stride;
     int64_t row = 0;
     for (; row + kTall <= m; row += kTall) {
