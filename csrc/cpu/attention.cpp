@@ -172,23 +172,26 @@ struct Task {
   int64_t kv_head = 0;
 };
 
-// A block of queries.
+// A block of queries, and the first block of its document's keys that is not packed yet.
 struct Place {
   Task task;
   int64_t head;
   int64_t block;
+  int64_t key_block;
 
-  // The one that a thread comes to after it; without a document where that is not known.
-  Place after(const Task& next, int64_t group) const {
-    if (block + 1 < blocks_of(task.document->queries)) return {task, head, block + 1};
-    if (head + 1 < (task.kv_head + 1) * group) return {task, head + 1, 0};
-    return {next, next.kv_head * group, 0};
+  // The one that a thread comes to after it, with keys packed up to `packed`; without a document where `next` is not
+  // known.
+  Place after(const Task& next, int64_t group, int64_t packed) const {
+    if (block + 1 < blocks_of(task.document->queries)) return {task, head, block + 1, packed};
+    if (head + 1 < (task.kv_head + 1) * group) return {task, head + 1, 0, packed};
+    return {next, next.kv_head * group, 0, 0};
   }
 };
 
 // Rows that are read soon. Every call of ask() asks for those of the next tensor, between pieces of arithmetic that the
 // memory can work beside. Short documents would else wait for their rows a fifth of the time: those of a head are too
-// few, and lie too far apart, for the CPU to foresee them.
+// few, and lie too far apart, for the CPU to foresee them. (A function that did nothing else GCC would take for pure,
+// and leave its calls out; this one counts.)
 class Ahead {
  public:
   template <typename T>
@@ -200,8 +203,10 @@ class Ahead {
     if (asked_ == count_) return;
     const Rows<char>& rows = pieces_[asked_++];
     for (int64_t row = 0; row < rows.count; ++row) {
-      const char* from = rows.data + row * rows.stride;
-      for (int64_t i = 0; i < rows.width; i += kLine) __builtin_prefetch(from + i, 0, kSecondCache);
+      const char *from = rows.data + row * rows.stride, *past = from + rows.width;
+      for (from -= reinterpret_cast<uintptr_t>(from) % kLine; from < past; from += kLine) {
+        __builtin_prefetch(from, 0, kSecondCache);
+      }
     }
   }
 
@@ -211,17 +216,17 @@ class Ahead {
   int count_ = 0, asked_ = 0;
 };
 
-// What is read first of a block of queries: theirs, and the keys and values in the same place, unless another head has.
+// What is read first at a place.
 template <typename T, bool kBackward>
-Ahead rows_of(const Attention& a, const Place& place) {
+Ahead rows_at(const Attention& a, const Place& place) {
   Ahead ahead;
-  if (!place.task.document) return ahead;
+  if (!place.task.document || place.task.document->queries == 0) return ahead;
   const AttentionDocument& doc = *place.task.document;
   const auto of_queries = [&](const Strided& x) {
     ahead.add(block_rows<T>(x, place.head, doc.query_start, doc.queries, place.block, a.head_dim));
   };
   const auto of_keys = [&](const Strided& x) {
-    ahead.add(block_rows<T>(x, place.task.kv_head, doc.key_start, doc.keys, place.block, a.head_dim));
+    ahead.add(block_rows<T>(x, place.task.kv_head, doc.key_start, doc.keys, place.key_block, a.head_dim));
   };
   of_queries(a.q);
   if constexpr (kBackward) {
@@ -230,7 +235,7 @@ Ahead rows_of(const Attention& a, const Place& place) {
     const int64_t first = place.block * kBlock, count = least(kBlock, doc.queries - first);
     ahead.add(Rows<float>{a.lse + place.head * a.query_tokens + doc.query_start + first, 0, 1, count});
   }
-  if (place.head == place.task.kv_head * (a.q_heads / a.kv_heads)) {
+  if (place.key_block < blocks_of(doc.keys)) {
     of_keys(a.k);
     of_keys(a.v);
   }
@@ -413,7 +418,6 @@ struct Forward {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
         const int64_t lanes = round_up(count, Policy::kWidth);
-        Ahead ahead = rows_of<T, false>(a, Place{task, head, block}.after(next, group));
         Policy::pack_transposed_b(block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim), width,
                                   query[0]);
         for (int64_t i = 0; i < lanes; ++i) {
@@ -428,6 +432,7 @@ struct Forward {
           Policy::pack_a(k, width, keys[packed]);
           KeySums<Policy>::pack(v, width, values[packed]);
         }
+        Ahead ahead = rows_at<T, false>(a, Place{task, head, block, 0}.after(next, group, packed));
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
@@ -507,8 +512,6 @@ struct Backward {
         if (begin >= end) dq.clear(lanes);
         const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
         const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
-        Ahead ahead = rows_of<T, true>(a, Place{task, head, block}.after(next, group));
-        ahead.ask();
         Policy::pack_both_b(q, width, query, query_turned);
         Policy::pack_both_b(grad, width, dout, dout_turned);
         statistics(doc, head, block, grad, lanes, lse, delta);
@@ -520,6 +523,8 @@ struct Backward {
           if constexpr (Policy::kPaired) KeySums<Policy>::pack(k, width, keys_summed[packed]);
           Policy::pack_a(v, width, values[packed]);
         }
+        Ahead ahead = rows_at<T, true>(a, Place{task, head, block, 0}.after(next, group, packed));
+        ahead.ask();
         for (int64_t key_block = begin; key_block < end; ++key_block) {
           const int64_t rows = least(kBlock, doc.keys - key_block * kBlock), padded = round_up(rows, Policy::kStep);
           const BlockMask mask(visible, key_block * kBlock, rows, first, count);
@@ -627,9 +632,9 @@ void run_tasks(const Attention& a) {
   for (int64_t i = 0; i < a.num_documents; ++i) {
     longest = most(longest, most(a.documents[i].queries, a.documents[i].keys));
   }
-  // Documents come with the dearest first; a thread takes the next tasks when it is done with some. Where there are
-  // many, it takes heads of a document at once, for their rows lie side by side, and takes them a task early, to know
-  // whose rows to ask for.
+  // Documents come with the dearest first; a thread takes the next tasks when it is done with some: where there are
+  // many, heads of a document at once, for their rows lie side by side. Of short documents it takes them one task
+  // early, to know whose rows to ask for.
   const int64_t tasks = a.num_documents * a.kv_heads, floats = Run::scratch_floats(a, longest);
   const auto task_at = [&](int64_t i) {
     return i < tasks ? Task{&a.documents[i / a.kv_heads], i % a.kv_heads} : Task{};
@@ -641,11 +646,15 @@ void run_tasks(const Attention& a) {
     const int64_t share = tasks / (32 * max_threads()), at_once = most(1, least(a.kv_heads, share));
     const auto take = [&] { return __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED); };
     for (int64_t i = take(), past = i + at_once; i < tasks;) {
-      const bool last = i + 1 == past, early = last && share > 0;
-      int64_t then = early ? take() : last ? tasks : i + 1;
-      run.task(task_at(i), task_at(then), scratch.data());
-      if (last && !early) then = take();
-      if (last) past = then + at_once;
+      const Task task = task_at(i);
+      const bool last = i + 1 == past, early = last && share > 0 && task.document->queries <= kBlock;
+      int64_t then = i + 1;
+      if (last) then = early ? take() : tasks;
+      run.task(task, task_at(then), scratch.data());
+      if (last) {
+        if (!early) then = take();
+        past = then + at_once;
+      }
       i = then;
     }
     finish_streams();

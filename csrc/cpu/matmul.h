@@ -65,11 +65,12 @@ struct Registers {
   static constexpr int kPanel = 2, kSums = 8;
 #endif
 
-  // The fewer registers across, the more rows at a time: but eight, or their addresses do not fit the registers.
+  // The fewer registers across, the more rows at a time; eight at most, so that their addresses fit the registers.
   template <int kColumns, bool kTurned>
   static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                     int64_t c_stride, bool accumulate) {
-    constexpr int kFit = kSums / kColumns / kStep * kStep, kTall = kFit < 8 ? kFit : 8;
+    constexpr int kFit = kSums / kColumns / kStep * kStep;
+    constexpr int kTall = kColumns >= kPanel ? kStep : kFit < 8 ? kFit : 8;
     const int64_t row_step = kTurned ? 1 : a_stride;
     int64_t row = 0;
     for (; row + kTall <= m; row += kTall) {
@@ -272,7 +273,8 @@ struct Pairs {
     turn(rows.data, rows.stride, rows.count, width / 2, transposed, kBlock);
   }
 
-  // Writes x [width] times `factor`; `streamed` as for_lanes has it.
+  // Writes x, `width` elements and those up to a multiple of kHeadWidth, times `factor`; `streamed` as for_lanes has
+  // it. Subnormal numbers become zeros, as in the products.
   static void write_row(const float* x, int64_t width, float factor, bfloat16* out, bool streamed) {
     const Reg by = broadcast_reg(factor);
     for_lanes(width, streamed, [&](int64_t i, auto lanes) { write(x + i, by, out + i, lanes); });
@@ -292,7 +294,8 @@ struct Pairs {
   static void write(const float* x, Reg factor, bfloat16* out, Full) { store_bits(out, rounded(x, factor)); }
   static void write(const float* x, Reg factor, bfloat16* out, Streamed) { stream_bits(out, rounded(x, factor)); }
   static void write(const float* x, Reg factor, bfloat16* out, Tail tail) {
-    store(out, mul(load(x, tail), Vec{factor, factor}), tail);
+    const Bits bits = rounded(x, factor);
+    std::memcpy(out, &bits, sizeof(bfloat16) * static_cast<size_t>(tail.count));
   }
   static Bits rounded(const float* x, Reg factor) {
     return round_both(mul(load_reg(x), factor), mul(load_reg(x + kRegLanes), factor));
