@@ -185,15 +185,16 @@ def test_nothing_to_do(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_for_any_number_of_threads(isa, threads, dtype):
-    cu = bounds(*range(1, 60, 3))
-    q, k, v, dout = case(64, dtype, int(cu[-1]), int(cu[-1]), heads=4, kv_heads=2)
-    results = []
-    for count in (1, 2, 3, 3):
-        threads(count)
-        out, lse = forward(q, k, v, cu, cu)
-        results.append((out, lse, *backward(dout, q, k, v, out, lse, cu, cu)))
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    """Of few documents, and of so many that a thread takes heads together and, of short documents, early."""
+    for cu in (bounds(*range(1, 60, 3)), bounds(*range(1, 60, 3), 97, *[5] * 180)):
+        q, k, v, dout = case(64, dtype, int(cu[-1]), int(cu[-1]), heads=4, kv_heads=2)
+        results = []
+        for count in (1, 2, 3, 3):
+            threads(count)
+            out, lse = forward(q, k, v, cu, cu)
+            results.append((out, lse, *backward(dout, q, k, v, out, lse, cu, cu)))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
 
 
 def test_torchs_own_products_are_not_disturbed(isa):
