@@ -71,6 +71,7 @@ struct BlockMask {
 
 // The keys of a block in bands of rows. A band's queries begin with the first lanes that see one of its keys, so that
 // most of the upper half of a block on the diagonal is neither computed nor read. Off the diagonal there is one band.
+// Where a register of queries reaches over the edge of a band, its lanes there are masked, or have no query.
 template <typename Policy>
 struct Bands {
   static constexpr int64_t kRows = most(Policy::kWidth, Policy::kStep);
@@ -82,11 +83,13 @@ struct Bands {
   int64_t first_lane(int64_t row) const {
     return mask.diagonal ? most(0, mask.lowest + row / kRows * kRows) / Policy::kWidth * Policy::kWidth : 0;
   }
-  // Past the last of `rows` keys whose band has the register at `lane`.
+  // The first register of the band of a row.
+  int64_t first_register(int64_t row) const { return first_lane(row) / kRegLanes * kRegLanes; }
+  // Past the last of `rows` keys whose band has a lane of the register at `lane`.
   int64_t past_row(int64_t lane, int64_t rows) const {
     if (!mask.diagonal) return rows;
-    const int64_t past = lane / Policy::kWidth * Policy::kWidth + Policy::kWidth - mask.lowest;
-    return least(rows, round_up(most(0, past), kRows));
+    constexpr int64_t kReach = most(Policy::kWidth, kRegLanes);
+    return least(rows, round_up(most(0, lane / kReach * kReach + kReach - mask.lowest), kRows));
   }
   // The first query that sees one of the keys from `row` on, and past the last key that one before `query` sees.
   int64_t first_query(int64_t row) const { return mask.diagonal ? most(0, mask.lowest + row) : 0; }
@@ -164,6 +167,12 @@ Rows<T> block_rows(const Strided& x, int64_t head, int64_t start, int64_t length
   const int64_t first = block * kBlock;
   return {static_cast<const T*>(x.data) + (start + first) * x.token_stride + head * x.head_stride, x.token_stride,
           least(kBlock, length - first), head_dim};
+}
+
+// A head's rows of a contiguous result, from `token` on.
+template <typename T>
+Result<T> rows_of(void* x, int64_t token, int64_t heads, int64_t head, int64_t head_dim, bool streamed) {
+  return {static_cast<T*>(x) + (token * heads + head) * head_dim, heads * head_dim, head_dim, streamed};
 }
 
 // A document's key head, with all its query heads.
@@ -253,6 +262,14 @@ bool streams(const T* result, int64_t tokens, int64_t heads, int64_t head_dim) {
 
 // ---- sums over keys and over queries ----
 
+// Whether a product's sums are written as rows of a result from registers: where two lines of the cache or more fill at
+// once, for with one line it is slower than by way of a buffer.
+template <typename Policy, typename T>
+bool from_registers(const Result<T>& result) {
+  constexpr int64_t kWidth = Policy::kPanelWidth;
+  return kWidth * sizeof(T) % 128 == 0 && result.width % kWidth == 0;
+}
+
 // out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock], a result as a b. The
 // sums lie row by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
 template <typename Policy>
@@ -268,12 +285,20 @@ struct KeySums {
   void clear(int64_t lanes) const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(lanes * width)); }
   // Adds those of a block of keys, or with `first` sets them.
   void add(const Policy&, const Bands<Policy>& bands, const Element* w, const Element* x, bool first) const {
-    const int64_t past = round_up(bands.queries, Policy::kStep), step = bands.mask.diagonal ? Policy::kStep : past;
-    for (int64_t query = 0; query < past; query += step) {
-      const int64_t keys = round_up(bands.past_key(query + step), Policy::kDepth);
-      Policy::template product<true>(step, width, keys, w + Policy::column(query), Policy::kResultStride, x, width,
-                                     out + query * width, width, !first);
+    add_to(bands, w, x, first, [](int64_t) { return ToC{}; });
+  }
+  // The same for the last block of keys, and writes them, as write() does.
+  template <typename T, typename Factor>
+  void finish(const Policy& policy, const Bands<Policy>& bands, const Element* w, const Element* x, bool first,
+              const Factor& factor, const Result<T>& result) const {
+    if constexpr (Policy::kPanelWidth > 0) {
+      if (from_registers<Policy>(result)) {
+        const ToRows<Policy, T, Factor> rows{result, factor, bands.queries};
+        return add_to(bands, w, x, first, [&](int64_t query) { return rows.from(query); });
+      }
     }
+    add(policy, bands, w, x, first);
+    write(bands.queries, factor, result);
   }
   // Queries `lane` to `lane + count`, each by its factor.
   void scale(int64_t lane, int64_t count, const float* factors) const {
@@ -283,11 +308,23 @@ struct KeySums {
       for (int64_t d = 0; d < width; d += kRegLanes) store_reg(row + d, mul(load_reg(row + d), by));
     }
   }
-  // Row i times factor(i) to `count` rows of `head_dim` elements, `stride` apart.
+  // Row i times factor(i), of the first `count`.
   template <typename T, typename Factor>
-  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride, bool streamed) const {
+  void write(int64_t count, const Factor& factor, const Result<T>& result) const {
     for (int64_t i = 0; i < count; ++i) {
-      Policy::write_row(out + i * width, head_dim, factor(i), to + i * stride, streamed);
+      Policy::write_row(out + i * width, result.width, factor(i), result[i], result.streamed);
+    }
+  }
+
+ private:
+  // to_at(query) is where the sums go of the queries from there on.
+  template <typename ToAt>
+  void add_to(const Bands<Policy>& bands, const Element* w, const Element* x, bool first, const ToAt& to_at) const {
+    const int64_t past = round_up(bands.queries, Policy::kStep), step = bands.mask.diagonal ? Policy::kStep : past;
+    for (int64_t query = 0; query < past; query += step) {
+      const int64_t keys = round_up(bands.past_key(query + step), Policy::kDepth);
+      Policy::template product<true>(step, width, keys, w + Policy::column(query), Policy::kResultStride, x, width,
+                                     out + query * width, width, !first, to_at(query));
     }
   }
 };
@@ -321,33 +358,72 @@ struct KeySums<Tiles> {
     }
   }
   template <typename T, typename Factor>
-  void write(int64_t count, int64_t head_dim, Factor&& factor, T* to, int64_t stride, bool streamed) const {
+  void finish(const Tiles& tiles, const Bands<Tiles>& bands, const bfloat16* w, const bfloat16* x, bool first,
+              const Factor& factor, const Result<T>& result) const {
+    add(tiles, bands, w, x, first);
+    write(bands.queries, factor, result);
+  }
+  template <typename T, typename Factor>
+  void write(int64_t count, const Factor& factor, const Result<T>& result) const {
     alignas(64) float rows[16 * kMaxWidth];
     for (int64_t first = 0; first < count; first += 16) {
       for (int64_t d = 0; d < width; d += 16) {
         transpose_16x16(out + d * kBlock + first, kBlock, rows + d, kMaxWidth);
       }
       for (int64_t i = first; i < least(first + 16, count); ++i) {
-        Tiles::write_row(rows + (i - first) * kMaxWidth, head_dim, factor(i), to + i * stride, streamed);
+        Tiles::write_row(rows + (i - first) * kMaxWidth, result.width, factor(i), result[i], result.streamed);
       }
     }
   }
 };
 #endif
 
-// Adds sum_i w_ij x_i to out_j for the keys j of a block, or with `first` sets out_j to it; w a result as an a.
+// out_j = sum_i w_ij x_i for the keys j of a block, queries i block by block; w a result as an a.
 template <typename Policy>
-void add_query_sums(const Policy& policy, const Bands<Policy>& bands, const typename Policy::Element* w,
-                    const typename Policy::Element* x, int64_t width, float* out, bool first) {
-  const int64_t past = round_up(bands.queries, Policy::kDepth);
-  const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
-  for (int64_t row = 0; row < bands.keys; row += step) {
-    const int64_t query = least(past, bands.first_query(row) / Policy::kDepth * Policy::kDepth);
-    if (query == past && !first) return;
-    policy.product(step, width, past - query, w + row * Policy::kResultStride + query, Policy::kResultStride,
-                   x + query * width, width, out + row * width, width, !first);
+struct QuerySums {
+  using Element = typename Policy::Element;
+  float* out;  // [kBlock, width]
+  int64_t width;
+
+  // Adds those of a block of queries, or with `first` sets them.
+  void add(const Policy& policy, const Bands<Policy>& bands, const Element* w, const Element* x, bool first) const {
+    add_to(policy, bands, w, x, first, [](int64_t) { return ToC{}; });
   }
-}
+  // The same for the last block of queries, and writes `count` rows of them, as write() does.
+  template <typename T>
+  void finish(const Policy& policy, const Bands<Policy>& bands, const Element* w, const Element* x, bool first,
+              int64_t count, float factor, const Result<T>& result) const {
+    if constexpr (Policy::kPanelWidth > 0) {
+      if (from_registers<Policy>(result)) {
+        const auto factor_of = [factor](int64_t) { return factor; };
+        const ToRows<Policy, T, decltype(factor_of)> rows{result, factor_of, count};
+        return add_to(policy, bands, w, x, first, [&](int64_t row) { return rows.from(row); });
+      }
+    }
+    add(policy, bands, w, x, first);
+    write(count, factor, result);
+  }
+  void clear() const { std::memset(out, 0, sizeof(float) * static_cast<size_t>(kBlock * width)); }
+  template <typename T>
+  void write(int64_t count, float factor, const Result<T>& result) const {
+    for (int64_t row = 0; row < count; ++row) {
+      Policy::write_row(out + row * width, result.width, factor, result[row], result.streamed);
+    }
+  }
+
+ private:
+  template <typename ToAt>
+  void add_to(const Policy& policy, const Bands<Policy>& bands, const Element* w, const Element* x, bool first,
+              const ToAt& to_at) const {
+    const int64_t past = round_up(bands.queries, Policy::kDepth);
+    const int64_t step = bands.mask.diagonal ? Policy::kStep : bands.keys;
+    for (int64_t row = 0; row < bands.keys; row += step) {
+      const int64_t query = least(past, bands.first_query(row) / Policy::kDepth * Policy::kDepth);
+      policy.product(step, width, past - query, w + row * Policy::kResultStride + query, Policy::kResultStride,
+                     x + query * width, width, out + row * width, width, !first, to_at(row));
+    }
+  }
+};
 
 // ---- forward ----
 
@@ -425,12 +501,19 @@ struct Forward {
           total[i] = 0.f;
         }
         const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
-        if (begin >= end) output.clear(lanes);
         for (; packed < end; ++packed) {
           const auto k = block_rows<T>(a.k, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
           const auto v = block_rows<T>(a.v, kv_head, doc.key_start, doc.keys, packed, a.head_dim);
           Policy::pack_a(k, width, keys[packed]);
           KeySums<Policy>::pack(v, width, values[packed]);
+        }
+        const int64_t token = doc.query_start + first;
+        const auto out = rows_of<T>(a.out, token, a.q_heads, head, a.head_dim, streamed);
+        float* lse = a.lse + head * a.query_tokens + token;
+        const auto inverse = [&](int64_t i) { return total[i] == 0.f ? 0.f : 1.f / total[i]; };
+        if (begin >= end) {
+          output.clear(lanes);
+          output.write(count, inverse, out);
         }
         Ahead ahead = rows_at<T, false>(a, Place{task, head, block, 0}.after(next, group, packed));
         for (int64_t key_block = begin; key_block < end; ++key_block) {
@@ -446,20 +529,16 @@ struct Forward {
           softmax_block(score, bands, s, rows, largest, total, output, key_block == begin);
           std::memset(s + rows * kBlock, 0, sizeof(float) * static_cast<size_t>((padded - rows) * kBlock));
           ahead.ask();
-          output.add(policy, bands, Policy::operand(s), values[key_block], key_block == begin);
+          const auto* weights = Policy::operand(s);
+          if (key_block + 1 < end) {
+            output.add(policy, bands, weights, values[key_block], key_block == begin);
+          } else {
+            output.finish(policy, bands, weights, values[key_block], key_block == begin, inverse, out);
+          }
         }
-        finish(doc.query_start + first, head, count, largest, total, output);
+        for (int64_t i = 0; i < count; ++i) lse[i] = total[i] == 0.f ? -INFINITY : largest[i] * kLn2 + logf(total[i]);
       }
     }
-  }
-
-  void finish(int64_t token, int64_t head, int64_t count, const float* largest, const float* total,
-              const KeySums<Policy>& output) const {
-    float* lse = a.lse + head * a.query_tokens + token;
-    for (int64_t i = 0; i < count; ++i) lse[i] = total[i] == 0.f ? -INFINITY : largest[i] * kLn2 + logf(total[i]);
-    T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.head_dim;
-    const auto inverse = [&](int64_t i) { return total[i] == 0.f ? 0.f : 1.f / total[i]; };
-    output.write(count, a.head_dim, inverse, out, a.q_heads * a.head_dim, streamed);
   }
 };
 
@@ -492,8 +571,10 @@ struct Backward {
     const Packs<Policy> keys_summed = Policy::kPaired ? Packs<Policy>(arena, pack, key_blocks) : keys;
     auto *query = arena.packs(pack, 1), *query_turned = arena.packs(pack, 1);
     auto *dout = arena.packs(pack, 1), *dout_turned = arena.packs(pack, 1);
-    float* dk = arena.floats(key_blocks * block_size);
-    float* dv = arena.floats(key_blocks * block_size);
+    float* dk_sums = arena.floats(key_blocks * block_size);
+    float* dv_sums = arena.floats(key_blocks * block_size);
+    const auto dk = [&](int64_t key_block) { return QuerySums<Policy>{dk_sums + key_block * block_size, width}; };
+    const auto dv = [&](int64_t key_block) { return QuerySums<Policy>{dv_sums + key_block * block_size, width}; };
     const KeySums<Policy> dq{arena.floats(block_size), width};
     float* lse = arena.floats(kBlock);
     float* delta = arena.floats(kBlock);
@@ -501,15 +582,27 @@ struct Backward {
     float* ds = arena.floats(kBlock * kBlock);
     float* ds_paired = Policy::kPaired ? arena.floats(kBlock * kBlock) : ds;
 
+    const auto of_keys = [&](void* x, int64_t key_block) {
+      return rows_of<T>(x, doc.key_start + key_block * kBlock, a.kv_heads, kv_head, a.head_dim, streamed);
+    };
+
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     const int64_t first_packed = visible.first_key_block(0);
-    int64_t packed = first_packed;  // past the last block of keys that is packed
+    int64_t packed = first_packed;       // past the last block of keys that is packed
+    int64_t first_written = key_blocks;  // dk and dv up to `packed` are written by the last block of queries
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
         const int64_t lanes = round_up(count, Policy::kWidth);
         const int64_t begin = visible.first_key_block(first), end = visible.past_key_block(first + count);
-        if (begin >= end) dq.clear(lanes);
+        const bool last = head + 1 == (kv_head + 1) * group && block + 1 == blocks_of(doc.queries);
+        if (last) first_written = begin;
+        const auto out = rows_of<T>(a.dq, doc.query_start + first, a.q_heads, head, a.head_dim, streamed);
+        const auto scale = [&](int64_t) { return a.scale; };
+        if (begin >= end) {
+          dq.clear(lanes);
+          dq.write(count, scale, out);
+        }
         const auto q = block_rows<T>(a.q, head, doc.query_start, doc.queries, block, a.head_dim);
         const auto grad = block_rows<T>(a.dout, head, doc.query_start, doc.queries, block, a.head_dim);
         Policy::pack_both_b(q, width, query, query_turned);
@@ -539,29 +632,37 @@ struct Backward {
           });
           ahead.ask();
           gradients_of_scores(bands, p, ds, ds_paired, rows, lse, delta);
-          const int64_t at = key_block * block_size;
+          const auto sum = [&](QuerySums<Policy> sums, float* w, auto* x, float factor, void* to) {
+            const bool sets = key_block >= past_summed;
+            if (!last) return sums.add(policy, bands, Policy::operand(w), x, sets);
+            sums.finish(policy, bands, Policy::operand(w), x, sets, rows, factor, of_keys(to, key_block));
+          };
           ahead.ask();
-          add_query_sums(policy, bands, Policy::operand(p), dout, width, dv + at, key_block >= past_summed);
+          sum(dv(key_block), p, dout, 1.f, a.dv);
           ahead.ask();
-          add_query_sums(policy, bands, Policy::operand(ds), query, width, dk + at, key_block >= past_summed);
+          sum(dk(key_block), ds, query, a.scale, a.dk);
           ahead.ask();
-          dq.add(policy, bands, Policy::operand(ds_paired), keys_summed[key_block], key_block == begin);
+          const auto* weights = Policy::operand(ds_paired);
+          if (key_block + 1 < end) {
+            dq.add(policy, bands, weights, keys_summed[key_block], key_block == begin);
+          } else {
+            dq.finish(policy, bands, weights, keys_summed[key_block], key_block == begin, scale, out);
+          }
         }
-        T* out = static_cast<T*>(a.dq) + ((doc.query_start + first) * a.q_heads + head) * a.head_dim;
-        dq.write(count, a.head_dim, [&](int64_t) { return a.scale; }, out, a.q_heads * a.head_dim, streamed);
       }
     }
-    // Blocks that no query has visited. Between them there is none: a query's blocks begin where those of the query
-    // before it end, or earlier.
-    const auto before = sizeof(float) * static_cast<size_t>(first_packed * block_size);
-    const auto behind = sizeof(float) * static_cast<size_t>((key_blocks - packed) * block_size);
-    std::memset(dk, 0, before);
-    std::memset(dv, 0, before);
-    std::memset(dk + packed * block_size, 0, behind);
-    std::memset(dv + packed * block_size, 0, behind);
-    const int64_t offset = (doc.key_start * a.kv_heads + kv_head) * a.head_dim;
-    write_rows(dk, doc.keys, a.scale, static_cast<T*>(a.dk) + offset);
-    write_rows(dv, doc.keys, 1.f, static_cast<T*>(a.dv) + offset);
+    // What the last block of queries does not see. Blocks that no query sees are zeros; between those that some query
+    // sees there is none, for a query's blocks begin where those of the query before it end, or earlier.
+    for (int64_t key_block = 0; key_block < key_blocks; ++key_block) {
+      if (first_written <= key_block && key_block < packed) continue;
+      if (key_block < first_packed || key_block >= packed) {
+        dk(key_block).clear();
+        dv(key_block).clear();
+      }
+      const int64_t rows = least(kBlock, doc.keys - key_block * kBlock);
+      dk(key_block).write(rows, a.scale, of_keys(a.dk, key_block));
+      dv(key_block).write(rows, 1.f, of_keys(a.dv, key_block));
+    }
   }
 
   // lse in base 2, +inf where a query sees nothing, so that its probabilities are 0; and delta.
@@ -576,11 +677,7 @@ struct Backward {
       const float natural = a.lse[at + i];
       if (natural == -INFINITY) continue;  // its dlse may be NaN: that is what merging two such rows sends back
       lse[i] = natural * kLog2E;
-      const T* o = out.data + i * out.stride;
-      const T* g = grad.data + i * grad.stride;
-      delta[i] = sum_lanes(a.head_dim, [&](int64_t d, auto lanes, Vec partial) {
-        return fma(load(o + d, lanes), load(g + d, lanes), partial);
-      });
+      delta[i] = Policy::dot(out.data + i * out.stride, grad.data + i * grad.stride, a.head_dim);
       if (a.dlse) delta[i] -= a.dlse[at + i];
     }
   }
@@ -591,7 +688,7 @@ struct Backward {
                            const float* lse, const float* delta) const {
     const Reg zero = broadcast_reg(0.f);
     for (int64_t row = 0; row < rows; row += 2) {
-      for (int64_t lane = bands.first_lane(row); lane < bands.lanes; lane += kRegLanes) {
+      for (int64_t lane = bands.first_register(row); lane < bands.lanes; lane += kRegLanes) {
         const auto of_row = [&](int64_t of, Reg& weight, Reg& gradient) {
           const int64_t at = of * kBlock + lane;
           Reg slope = zero;
@@ -615,12 +712,6 @@ struct Backward {
     std::memset(p + rows * kBlock, 0, rest);
     std::memset(ds + rows * kBlock, 0, rest);
     if constexpr (Policy::kPaired) std::memset(ds_paired + rows * kBlock, 0, rest);
-  }
-
-  void write_rows(const float* x, int64_t count, float factor, T* out) const {
-    for (int64_t row = 0; row < count; ++row, x += width, out += a.kv_heads * a.head_dim) {
-      Policy::write_row(x, a.head_dim, factor, out, streamed);
-    }
   }
 };
 

@@ -15,6 +15,8 @@
 // So from row to row there are kResultStride elements.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vec.h"
 
 namespace lemur::cpu::LEMUR_ISA {
@@ -33,93 +35,153 @@ struct Rows {
   int64_t width;
 };
 
+// c[m, n] = a[m, k] b[k, n], or with `accumulate` c += a b.
+struct Product {
+  int64_t m, n, k;
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  float* c;
+  int64_t c_stride;
+  bool accumulate;
+};
+
+// Where a product's sums go: to c.
+struct ToC {};
+
+// Rows of a result, `width` elements each, `stride` apart. `streamed` as for_lanes has it.
+template <typename T>
+struct Result {
+  T* data;
+  int64_t stride;
+  int64_t width;
+  bool streamed;
+
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// To rows of a result, from `first` on and before `past`, row i times factor(i); c stays as it is.
+template <typename Policy, typename T, typename Factor>
+struct ToRows {
+  Result<T> result;
+  Factor factor;
+  int64_t past;
+  int64_t first = 0;
+
+  ToRows from(int64_t row) const { return {result, factor, past, row}; }
+  void operator()(int64_t row, int64_t column, const Reg* sums) const {
+    row += first;
+    if (row < past) Policy::write_sums(sums, broadcast_reg(factor(row)), result[row] + column, result.streamed);
+  }
+};
+
 // A product in registers, of units of four bytes: a float, or a pair of bfloat16, two of k. Operand::multiply(left,
 // right, sum) is the sum with the units' products added. Strides are in units.
 template <typename Operand>
 struct Registers {
   static constexpr int64_t kStep = 4;
+  static constexpr int64_t kWidth = kRegLanes / kHalves;
 
-  // With `kTurned`, a is given as its transpose [k, m].
-  template <bool kTurned>
-  static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
-                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+ private:
+  // Registers across.
+#if defined(LEMUR_ISA_AVX512)
+  static constexpr int kPanel = 4;
+#else
+  static constexpr int kPanel = 2;
+#endif
+
+ public:
+  // Columns of the sums that ToRows gets at once.
+  static constexpr int64_t kPanelWidth = kPanel * kRegLanes;
+
+  // With `kTurned`, a is given as its transpose [k, m]. ToRows takes an n that is a multiple of kPanelWidth.
+  template <bool kTurned, typename To>
+  static void product(const Product& x, const To& to) {
     int64_t column = 0;
-    for (; column + kPanel * kRegLanes <= n; column += kPanel * kRegLanes) {
-      panel<kPanel, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-    }
-    switch ((n - column) / kRegLanes) {
-      case 1:
-        return panel<1, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-      case 2:
-        return panel<2, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-      case 3:
-        return panel<3, kTurned>(m, k, a, a_stride, b + column, b_stride, c + column, c_stride, accumulate);
-    }
+    for (; column + kPanelWidth <= x.n; column += kPanelWidth) panel<kPanel * kHalves, kTurned>(x, column, to);
+    if constexpr (std::is_same_v<To, ToC>) rest<kPanel * kHalves - 1, kTurned>(x, column);
   }
 
  private:
-  // Registers across, and registers of sums: as many as hide the latency of an fma and still fit the register file.
-#if defined(LEMUR_ISA_AVX512)
-  static constexpr int kPanel = 4, kSums = 16;
-#else
-  static constexpr int kPanel = 2, kSums = 8;
-#endif
-
-  // The fewer registers across, the more rows at a time; eight at most, so that their addresses fit the registers.
-  template <int kColumns, bool kTurned>
-  static void panel(int64_t m, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                    int64_t c_stride, bool accumulate) {
-    constexpr int kFit = kSums / kColumns / kStep * kStep;
-    constexpr int kTall = kColumns >= kPanel ? kStep : kFit < 8 ? kFit : 8;
-    const int64_t row_step = kTurned ? 1 : a_stride;
-    int64_t row = 0;
-    for (; row + kTall <= m; row += kTall) {
-      tile<kTall, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
-                                     accumulate);
-    }
-    for (; row < m; row += kStep) {
-      tile<kStep, kColumns, kTurned>(k, a + row * row_step, a_stride, b, b_stride, c + row * c_stride, c_stride,
-                                     accumulate);
+  // Less than a panel, in units of kWidth columns.
+  template <int kUnits, bool kTurned>
+  static void rest(const Product& x, int64_t column) {
+    if constexpr (kUnits > 0) {
+      if (x.n - column == kUnits * kWidth) return panel<kUnits, kTurned>(x, column, ToC{});
+      rest<kUnits - 1, kTurned>(x, column);
     }
   }
 
-  template <int kRows, int kColumns, bool kTurned>
-  static void tile(int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                   int64_t c_stride, bool accumulate) {
+  // Eight sums at least, which hide the latency of an fma, and no more rows than that takes: their addresses, too, need
+  // registers.
+  template <int kUnits, bool kTurned, typename To>
+  static void panel(const Product& x, int64_t column, const To& to) {
+    constexpr int kTall = kUnits < 2 * kHalves ? 2 * kStep : kStep;
+    int64_t row = 0;
+    for (; row + kTall <= x.m; row += kTall) tile<kTall, kUnits, kTurned>(x, row, column, to);
+    for (; row < x.m; row += kStep) tile<kStep, kUnits, kTurned>(x, row, column, to);
+  }
+
+  template <int kRows, int kUnits, bool kTurned, typename To>
+  static void tile(const Product& x, int64_t row, int64_t column, const To& to) {
+    constexpr int kColumns = kUnits / kHalves;
+    constexpr bool kHalf = kUnits % kHalves > 0;
+    const int64_t k = x.k, a_stride = x.a_stride, b_stride = x.b_stride, c_stride = x.c_stride;
+    const float *a = x.a + row * (kTurned ? 1 : a_stride), *b = x.b + column;
+    float* c = x.c + row * c_stride + column;
     // Unrolled, because GCC would keep the sums in memory before and after the steps: a tenth of the time.
-    Reg sums[kRows][kColumns];
+    Reg sums[kRows][kColumns + 1];
+    HalfReg halves[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
-        sums[i][j] = accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
+        sums[i][j] = x.accumulate ? load_reg(c + i * c_stride + j * kRegLanes) : broadcast_reg(0.f);
+      }
+      if (kHalf) {
+        halves[i] = x.accumulate ? load_half(c + i * c_stride + kColumns * kRegLanes) : lower_half(broadcast_reg(0.f));
       }
     }
     for (int64_t step = 0; step < k; ++step) {
-      Reg right[kColumns];
+      Reg right[kColumns + 1];
+      HalfReg right_half;
       for (int j = 0; j < kColumns; ++j) right[j] = load_reg(b + step * b_stride + j * kRegLanes);
+      if (kHalf) right_half = load_half(b + step * b_stride + kColumns * kRegLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const Reg left = broadcast_reg(kTurned ? a[step * a_stride + i] : a[i * a_stride + step]);
+        const float unit = kTurned ? a[step * a_stride + i] : a[i * a_stride + step];
+        const Reg left = broadcast_reg(unit);
         for (int j = 0; j < kColumns; ++j) sums[i][j] = Operand::multiply(left, right[j], sums[i][j]);
+        const HalfReg left_half = kColumns > 0 ? lower_half(left) : broadcast_half(unit);
+        if (kHalf) halves[i] = Operand::multiply(left_half, right_half, halves[i]);
       }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
+      if constexpr (std::is_same_v<To, ToC>) {
+        for (int j = 0; j < kColumns; ++j) store_reg(c + i * c_stride + j * kRegLanes, sums[i][j]);
+        if (kHalf) store_half(c + i * c_stride + kColumns * kRegLanes, halves[i]);
+      } else {
+        to(row + i, column, sums[i]);
+      }
     }
   }
 };
 
 struct Fma {
   using Element = float;
-  static constexpr int64_t kWidth = kRegLanes;
+  static constexpr int64_t kWidth = Registers<Fma>::kWidth;
   static constexpr int64_t kHeadWidth = kRegLanes;
   static constexpr int64_t kStep = Registers<Fma>::kStep;
   static constexpr int64_t kDepth = 1;
+  static constexpr int64_t kPanelWidth = Registers<Fma>::kPanelWidth;
   static constexpr int64_t kResultStride = kBlock;
   static constexpr bool kPaired = false;
 
-  static Reg multiply(Reg left, Reg right, Reg sum) { return fma(left, right, sum); }
+  template <typename R>
+  static R multiply(R left, R right, R sum) {
+    return fma(left, right, sum);
+  }
 
   // Floats of scratch memory that a pack of one block takes.
   static int64_t pack_size(int64_t width) { return kBlock * width; }
@@ -145,6 +207,23 @@ struct Fma {
   static void write_row(const float* x, int64_t width, float factor, T* out, bool streamed) {
     const Vec by = broadcast(factor);
     for_lanes(width, streamed, [&](int64_t i, auto lanes) { unpack(x + i, by, out + i, lanes); });
+  }
+
+  // The same for kPanelWidth sums of a product.
+  template <typename T>
+  static void write_sums(const Reg* sums, Reg factor, T* out, bool streamed) {
+    for (int64_t i = 0; i < kPanelWidth; i += kLanes, sums += 2) {
+      const Vec v{mul(sums[0], factor), mul(sums[1], factor)};
+      streamed ? stream_unordered(out + i, v) : store_unordered(out + i, v);
+    }
+  }
+
+  // Sum of the products of two rows.
+  template <typename T>
+  static float dot(const T* x, const T* y, int64_t width) {
+    return sum_lanes(width, [&](int64_t i, auto lanes, Vec partial) {
+      return fma(load(x + i, lanes), load(y + i, lanes), partial);
+    });
   }
 
   template <typename T>
@@ -181,10 +260,10 @@ struct Fma {
     store_as_a(result, row, lane, first, second);
   }
 
-  template <bool kTurned = false>
+  template <bool kTurned = false, typename To = ToC>
   static void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
-                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
-    Registers<Fma>::product<kTurned>(m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate);
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate, const To& to = {}) {
+    Registers<Fma>::product<kTurned>({m, n, k, a, a_stride, b, b_stride, c, c_stride, accumulate}, to);
   }
 
  private:
@@ -256,21 +335,20 @@ struct Pairs {
   // [kBlock / 2, width] pairs (row, row + 1).
   static void pack_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
-    pair_rows(whole(x, width, padded), out);
+    pair_rows(wide(x, width, padded), out);
   }
 
   // The transpose: [width / 2, kBlock] pairs (column, column + 1). Rows of pairs, turned.
   static void pack_transposed_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
-    const Rows<bfloat16> rows = whole(x, width, padded);
-    turn(rows.data, rows.stride, rows.count, width / 2, out, kBlock);
+    turn_rows(wide(x, width, padded), out);
   }
 
   static void pack_both_b(const Rows<bfloat16>& x, int64_t width, bfloat16* out, bfloat16* transposed) {
     alignas(64) bfloat16 padded[kBlock * kMaxWidth];
-    const Rows<bfloat16> rows = whole(x, width, padded);
+    const Rows<bfloat16> rows = wide(x, width, padded);
     pair_rows(rows, out);
-    turn(rows.data, rows.stride, rows.count, width / 2, transposed, kBlock);
+    turn_rows(rows, transposed);
   }
 
   // Writes x, `width` elements and those up to a multiple of kHeadWidth, times `factor`; `streamed` as for_lanes has
@@ -278,6 +356,20 @@ struct Pairs {
   static void write_row(const float* x, int64_t width, float factor, bfloat16* out, bool streamed) {
     const Reg by = broadcast_reg(factor);
     for_lanes(width, streamed, [&](int64_t i, auto lanes) { write(x + i, by, out + i, lanes); });
+  }
+
+  // Sum of the products of two rows.
+  static float dot(const bfloat16* x, const bfloat16* y, int64_t width) {
+    Reg a = broadcast_reg(0.f), b = a;
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+      a = dot_pairs(load_pairs(x + i, Full{}), load_pairs(y + i, Full{}), a);
+      b = dot_pairs(load_pairs(x + i + kLanes, Full{}), load_pairs(y + i + kLanes, Full{}), b);
+    }
+    for_lanes(width - i, [&](int64_t rest, auto lanes) {
+      a = dot_pairs(load_pairs(x + i + rest, lanes), load_pairs(y + i + rest, lanes), a);
+    });
+    return sum(add(a, b));
   }
 
   static bfloat16* operand(float* result) { return reinterpret_cast<bfloat16*>(result); }
@@ -300,6 +392,12 @@ struct Pairs {
   static Bits rounded(const float* x, Reg factor) {
     return round_both(mul(load_reg(x), factor), mul(load_reg(x + kRegLanes), factor));
   }
+  static Reg load_pairs(const bfloat16* p, Full) { return load_reg(reinterpret_cast<const float*>(p)); }
+  static Reg load_pairs(const bfloat16* p, Tail tail) {
+    alignas(64) bfloat16 memory[kLanes] = {};
+    std::memcpy(memory, p, sizeof(bfloat16) * static_cast<size_t>(tail.count));
+    return load_pairs(memory, Full{});
+  }
 
  protected:
   static void copy_row(const bfloat16* from, int64_t count, bfloat16* to) {
@@ -310,20 +408,34 @@ struct Pairs {
 
   static int64_t padded_rows(const Rows<bfloat16>& x) { return round_up(x.count, kTokens); }
 
-  // A multiple of kTokens rows of `width`: x itself, or a copy padded with zeros.
-  static Rows<bfloat16> whole(const Rows<bfloat16>& x, int64_t width, bfloat16* padded) {
-    if (x.count % kTokens == 0 && x.width == width) return x;
+  // Rows of `width`: x itself, or a copy padded with zeros.
+  static Rows<bfloat16> wide(const Rows<bfloat16>& x, int64_t width, bfloat16* padded) {
+    if (x.width == width) return x;
     pack_a(x, width, padded);
-    return {padded, width, padded_rows(x), width};
+    return {padded, width, x.count, width};
   }
 
   static void pair_rows(const Rows<bfloat16>& x, bfloat16* out) {
-    for (int64_t row = 0; row < x.count; row += 2) {
+    const Bits none{};
+    for (int64_t row = 0; row < padded_rows(x); row += 2) {
       const bfloat16* from = x.data + row * x.stride;
       for (int64_t i = 0; i < x.width; i += kLanes) {
-        store_pairs(load_bits(from + i), load_bits(from + x.stride + i), out + row * x.width + 2 * i);
+        store_pairs(row < x.count ? load_bits(from + i) : none,
+                    row + 1 < x.count ? load_bits(from + x.stride + i) : none, out + row * x.width + 2 * i);
       }
     }
+  }
+
+  // The last rows, which are less than 16, are padded.
+  static void turn_rows(const Rows<bfloat16>& x, bfloat16* out) {
+    const int64_t rows = x.count / 16 * 16;
+    turn(x.data, x.stride, rows, x.width / 2, out, kBlock);
+    if (rows == padded_rows(x)) return;
+    alignas(64) bfloat16 last[kTokens * kMaxWidth];
+    const int64_t rest = x.count - rows, padded = padded_rows(x) - rows;
+    for (int64_t row = 0; row < rest; ++row) copy_row(x.data + (rows + row) * x.stride, x.width, last + row * x.width);
+    std::memset(last + rest * x.width, 0, sizeof(bfloat16) * static_cast<size_t>((padded - rest) * x.width));
+    turn(last, x.width, padded, x.width / 2, out + 2 * rows, kBlock);
   }
 
   // out[column, row] = x[row, column] of pairs; x_stride in elements, the rest in pairs, rows and columns multiples of
@@ -340,20 +452,32 @@ struct Pairs {
 };
 
 struct Dots : Pairs<kRegLanes> {
-  static constexpr int64_t kWidth = kRegLanes;
+  static constexpr int64_t kWidth = Registers<Dots>::kWidth;
   static constexpr int64_t kStep = Registers<Dots>::kStep;
   static constexpr int64_t kDepth = 2;
+  static constexpr int64_t kPanelWidth = Registers<Dots>::kPanelWidth;
 
-  static Reg multiply(Reg left, Reg right, Reg sum) { return dot_pairs(left, right, sum); }
+  template <typename R>
+  static R multiply(R left, R right, R sum) {
+    return dot_pairs(left, right, sum);
+  }
+
+  // As write_row, for kPanelWidth sums of a product.
+  static void write_sums(const Reg* sums, Reg factor, bfloat16* out, bool streamed) {
+    for (int64_t i = 0; i < kPanelWidth; i += kLanes, sums += 2) {
+      const Bits bits = round_both(mul(sums[0], factor), mul(sums[1], factor));
+      streamed ? stream_bits(out + i, bits) : store_bits(out + i, bits);
+    }
+  }
 
   // With `kTurned`, a is given as its transpose [k, m], paired.
-  template <bool kTurned = false>
+  template <bool kTurned = false, typename To = ToC>
   static void product(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t a_stride, const bfloat16* b,
-                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+                      int64_t b_stride, float* c, int64_t c_stride, bool accumulate, const To& to = {}) {
     const auto* left = reinterpret_cast<const float*>(a);
     const auto* right = reinterpret_cast<const float*>(b);
-    Registers<Dots>::product<kTurned>(m, n, k / 2, left, kTurned ? a_stride : a_stride / 2, right, b_stride, c,
-                                      c_stride, accumulate);
+    Registers<Dots>::product<kTurned>(
+        {m, n, k / 2, left, kTurned ? a_stride : a_stride / 2, right, b_stride, c, c_stride, accumulate}, to);
   }
 };
 
@@ -366,6 +490,7 @@ struct Tiles : Pairs<32> {
   static constexpr int64_t kWidth = 32;
   static constexpr int64_t kStep = 32;
   static constexpr int64_t kDepth = 32;
+  static constexpr int64_t kPanelWidth = 0;  // its sums go through memory
 
   Tiles() {
     alignas(64) uint8_t config[64] = {1};  // palette 1; then the bytes of a row, and the rows, of each tile
@@ -388,7 +513,7 @@ struct Tiles : Pairs<32> {
 
   // Tiles 0 to 3 hold two by two results, 4 and 5 two tiles of a, 6 and 7 two of b.
   void product(int64_t m, int64_t n, int64_t k, const bfloat16* a, int64_t a_stride, const bfloat16* b,
-               int64_t b_stride, float* c, int64_t c_stride, bool accumulate) const {
+               int64_t b_stride, float* c, int64_t c_stride, bool accumulate, ToC = {}) const {
     const int64_t a_bytes = 2 * a_stride, b_bytes = 4 * b_stride, c_bytes = 4 * c_stride;
     for (int64_t row = 0; row < m; row += 32) {
       const bool lower = row + 16 < m;

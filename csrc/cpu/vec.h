@@ -47,14 +47,17 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 //
 // maximum and minimum return the second operand where one is NaN. fraction(t) is t - floor(t), in [0, 1); and
 // scale_by_power(v, t) is v * 2^floor(t), for v in [1, 2]: 0 for t = -inf, and subnormals are right. split and join
-// turn memory order into Vec order and back.
+// turn memory order into Vec order and back. Where kHalves is 2, half a register is half the work, and a HalfReg is
+// one.
 
 #if defined(LEMUR_ISA_AVX512)
 
 using Reg = __m512;
 using Bits = __m512i;
 using Mask = __mmask16;
+using HalfReg = __m256;
 constexpr int kRegLanes = 16;
+constexpr int kHalves = 2;
 
 inline Reg broadcast_reg(float value) { return _mm512_set1_ps(value); }
 inline Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
@@ -143,8 +146,20 @@ inline Reg dot_pairs(Reg a, Reg b, Reg sum) {
   std::memcpy(&right, &b, sizeof right);
   return _mm512_dpbf16_ps(sum, left, right);
 }
+inline HalfReg dot_pairs(HalfReg a, HalfReg b, HalfReg sum) {
+  __m256bh left, right;
+  std::memcpy(&left, &a, sizeof left);
+  std::memcpy(&right, &b, sizeof right);
+  return _mm256_dpbf16_ps(sum, left, right);
+}
 #endif
 inline void finish_streams() { _mm_sfence(); }
+
+inline HalfReg fma(HalfReg a, HalfReg b, HalfReg c) { return _mm256_fmadd_ps(a, b, c); }
+inline HalfReg load_half(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_half(float* p, HalfReg v) { _mm256_storeu_ps(p, v); }
+inline HalfReg lower_half(Reg v) { return _mm512_castps512_ps256(v); }
+inline HalfReg broadcast_half(float value) { return _mm256_set1_ps(value); }
 
 inline Reg load_reg(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_reg(float* p, Reg v) { _mm512_storeu_ps(p, v); }
@@ -393,6 +408,15 @@ inline void join(Reg& a, Reg& b) {
   a = lows;
 }
 
+#endif
+
+#if !defined(LEMUR_ISA_AVX512)
+using HalfReg = Reg;
+constexpr int kHalves = 1;
+inline HalfReg load_half(const float* p) { return load_reg(p); }
+inline void store_half(float* p, HalfReg v) { store_reg(p, v); }
+inline HalfReg lower_half(Reg v) { return v; }
+inline HalfReg broadcast_half(float value) { return broadcast_reg(value); }
 #endif
 
 // 2^t to two roundings, over the whole range: subnormal results, infinities and NaN included. The polynomial is the one

@@ -245,12 +245,15 @@ inline Shorts<32> to_bfloat16(const Floats& high, const Floats& low) {
 // An operand of a product: a subnormal number counts as zero.
 inline float operand(uint16_t bits) { return (bits & 0x7f80u) ? as<float>(static_cast<uint32_t>(bits) << 16) : 0.f; }
 // The odd elements' product is added first, each sum rounded, and a subnormal one becomes zero.
-inline Floats dot_pairs(const Floats& sum, const Shorts<32>& a, const Shorts<32>& b) {
+template <typename Register, int kCount>
+inline Register dot_pairs(const Register& sum, const Shorts<kCount>& a, const Shorts<kCount>& b) {
   const auto flushed = [](float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.f, v) : v; };
-  return floats([&](int i) {
-    const float odd = __builtin_fmaf(operand(a.at[2 * i + 1]), operand(b.at[2 * i + 1]), flushed(sum.at[i]));
-    return flushed(__builtin_fmaf(operand(a.at[2 * i]), operand(b.at[2 * i]), flushed(odd)));
-  });
+  auto r = as<std::array<float, kCount / 2>>(sum);
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float odd = __builtin_fmaf(operand(a.at[2 * i + 1]), operand(b.at[2 * i + 1]), flushed(r[i]));
+    r[i] = flushed(__builtin_fmaf(operand(a.at[2 * i]), operand(b.at[2 * i]), flushed(odd)));
+  }
+  return as<Register>(r);
 }
 
 // ---- tiles ----
@@ -334,8 +337,10 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_cvtneps_pbh(v) emulated::to_bfloat16(v)
 #define _mm512_cvtne2ps_pbh(high, low) emulated::to_bfloat16(high, low)
 #define _mm512_dpbf16_ps emulated::dot_pairs
+#define _mm256_dpbf16_ps emulated::dot_pairs
 #define _mm512_permutexvar_epi16 emulated::permute_shorts
 #define _mm512_permutex2var_epi16 emulated::permute_shorts
+#define _mm512_castps512_ps256(v) emulated::load<__m256>(&(v))
 #define _mm512_castps_si512 emulated::as<emulated::Ints>
 #define _mm512_castsi512_ps emulated::as<emulated::Floats>
 #define _mm512_set1_epi32(v) emulated::set1(static_cast<int>(v))
