@@ -85,7 +85,7 @@ struct Bands {
   }
   // The first register of the band of a row.
   int64_t first_register(int64_t row) const { return first_lane(row) / kRegLanes * kRegLanes; }
-  // Past the last of `rows` keys whose band has a lane of the register at `lane`.
+  // Past the last of `rows` keys whose band has a lane of the register (of tiles: of the two) at `lane`.
   int64_t past_row(int64_t lane, int64_t rows) const {
     if (!mask.diagonal) return rows;
     constexpr int64_t kReach = most(Policy::kWidth, kRegLanes);
@@ -263,12 +263,9 @@ bool streams(const T* result, int64_t tokens, int64_t heads, int64_t head_dim) {
 // ---- sums over keys and over queries ----
 
 // Whether a product's sums are written as rows of a result from registers: where two lines of the cache or more fill at
-// once, for with one line it is slower than by way of a buffer.
+// once, for with one line it is slower than by way of a buffer. Their width must be a multiple of kPanelWidth.
 template <typename Policy, typename T>
-bool from_registers(const Result<T>& result) {
-  constexpr int64_t kWidth = Policy::kPanelWidth;
-  return kWidth * sizeof(T) % 128 == 0 && result.width % kWidth == 0;
-}
+constexpr bool kFromRegisters = Policy::kPanelWidth > 0 && Policy::kPanelWidth * sizeof(T) % 128 == 0;
 
 // out_i = sum_j w_ij x_j for the queries i of a block, keys j block by block; w [keys, kBlock], a result as a b. The
 // sums lie row by row, and where the diagonal passes four queries at a time have the keys that one of them sees.
@@ -291,8 +288,8 @@ struct KeySums {
   template <typename T, typename Factor>
   void finish(const Policy& policy, const Bands<Policy>& bands, const Element* w, const Element* x, bool first,
               const Factor& factor, const Result<T>& result) const {
-    if constexpr (Policy::kPanelWidth > 0) {
-      if (from_registers<Policy>(result)) {
+    if constexpr (kFromRegisters<Policy, T>) {
+      if (result.width % Policy::kPanelWidth == 0) {
         const ToRows<Policy, T, Factor> rows{result, factor, bands.queries};
         return add_to(bands, w, x, first, [&](int64_t query) { return rows.from(query); });
       }
@@ -393,8 +390,8 @@ struct QuerySums {
   template <typename T>
   void finish(const Policy& policy, const Bands<Policy>& bands, const Element* w, const Element* x, bool first,
               int64_t count, float factor, const Result<T>& result) const {
-    if constexpr (Policy::kPanelWidth > 0) {
-      if (from_registers<Policy>(result)) {
+    if constexpr (kFromRegisters<Policy, T>) {
+      if (result.width % Policy::kPanelWidth == 0) {
         const auto factor_of = [factor](int64_t) { return factor; };
         const ToRows<Policy, T, decltype(factor_of)> rows{result, factor_of, count};
         return add_to(policy, bands, w, x, first, [&](int64_t row) { return rows.from(row); });
@@ -582,14 +579,14 @@ struct Backward {
     float* ds = arena.floats(kBlock * kBlock);
     float* ds_paired = Policy::kPaired ? arena.floats(kBlock * kBlock) : ds;
 
-    const auto of_keys = [&](void* x, int64_t key_block) {
+    const auto result_at = [&](void* x, int64_t key_block) {
       return rows_of<T>(x, doc.key_start + key_block * kBlock, a.kv_heads, kv_head, a.head_dim, streamed);
     };
 
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     const int64_t first_packed = visible.first_key_block(0);
     int64_t packed = first_packed;       // past the last block of keys that is packed
-    int64_t first_written = key_blocks;  // dk and dv up to `packed` are written by the last block of queries
+    int64_t first_written = key_blocks;  // dk and dv from there up to `packed` are written by the last block of queries
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
@@ -635,7 +632,7 @@ struct Backward {
           const auto sum = [&](QuerySums<Policy> sums, float* w, auto* x, float factor, void* to) {
             const bool sets = key_block >= past_summed;
             if (!last) return sums.add(policy, bands, Policy::operand(w), x, sets);
-            sums.finish(policy, bands, Policy::operand(w), x, sets, rows, factor, of_keys(to, key_block));
+            sums.finish(policy, bands, Policy::operand(w), x, sets, rows, factor, result_at(to, key_block));
           };
           ahead.ask();
           sum(dv(key_block), p, dout, 1.f, a.dv);
@@ -651,8 +648,8 @@ struct Backward {
         }
       }
     }
-    // What the last block of queries does not see. Blocks that no query sees are zeros; between those that some query
-    // sees there is none, for a query's blocks begin where those of the query before it end, or earlier.
+    // What the last block of queries does not see. What no block of queries sees are zeros, and it lies before or
+    // behind what some block sees: each sees what begins where the one before it has its end, or earlier.
     for (int64_t key_block = 0; key_block < key_blocks; ++key_block) {
       if (first_written <= key_block && key_block < packed) continue;
       if (key_block < first_packed || key_block >= packed) {
@@ -660,8 +657,8 @@ struct Backward {
         dv(key_block).clear();
       }
       const int64_t rows = least(kBlock, doc.keys - key_block * kBlock);
-      dk(key_block).write(rows, a.scale, of_keys(a.dk, key_block));
-      dv(key_block).write(rows, 1.f, of_keys(a.dv, key_block));
+      dk(key_block).write(rows, a.scale, result_at(a.dk, key_block));
+      dv(key_block).write(rows, 1.f, result_at(a.dv, key_block));
     }
   }
 

@@ -113,8 +113,8 @@ struct Registers {
     }
   }
 
-  // Eight sums at least, which hide the latency of an fma, and no more rows than that takes: their addresses, too, need
-  // registers.
+  // Eight rows where four have less than eight registers of sums, which is what hides the latency of an fma. No more,
+  // for a row's address needs a register, too.
   template <int kUnits, bool kTurned, typename To>
   static void panel(const Product& x, int64_t column, const To& to) {
     constexpr int kTall = kUnits < 2 * kHalves ? 2 * kStep : kStep;
@@ -130,7 +130,8 @@ struct Registers {
     const int64_t k = x.k, a_stride = x.a_stride, b_stride = x.b_stride, c_stride = x.c_stride;
     const float *a = x.a + row * (kTurned ? 1 : a_stride), *b = x.b + column;
     float* c = x.c + row * c_stride + column;
-    // Unrolled, because GCC would keep the sums in memory before and after the steps: a tenth of the time.
+    // Unrolled, because GCC would keep the sums in memory before and after the steps: a tenth of the time. One more
+    // than is used, for there may be none.
     Reg sums[kRows][kColumns + 1];
     HalfReg halves[kRows];
 #pragma GCC unroll 16
@@ -426,7 +427,7 @@ struct Pairs {
     }
   }
 
-  // The last rows, which are less than 16, are padded.
+  // Sixteen rows at a time; the last, padded with zeros, by way of a copy.
   static void turn_rows(const Rows<bfloat16>& x, bfloat16* out) {
     const int64_t rows = x.count / 16 * 16;
     turn(x.data, x.stride, rows, x.width / 2, out, kBlock);

@@ -48,24 +48,33 @@ void load_row(const RotaryTables& t, const Table* row, bool swap, float sign, fl
   });
 }
 
+// A token's heads, a piece of their tables after the other, so that the tables stay in registers.
 template <typename X, typename Y>
-void rotate(const X* x, Y* y, int64_t head_dim, bool interleaved, bool streamed, const Angles& angles) {
-  if (interleaved) {
-    for_lanes(head_dim, streamed, [&](int64_t i, auto lanes) {
-      const Vec v = load(x + i, lanes), c = load_scratch(angles.cos + i), s = load_scratch(angles.sin + i);
-      const Vec crossed{sub(broadcast_reg(0.f), mul(v.odd, s.even)), mul(v.even, s.odd)};
-      store(y + i, fma(v, c, crossed), lanes);
+void rotate(const X* x, int64_t head_stride, Y* y, int64_t heads, const RotaryTables& t, bool streamed,
+            const Angles& angles) {
+  if (t.interleaved) {
+    for_lanes(t.head_dim, streamed, [&](int64_t i, auto lanes) {
+      const Vec c = load_scratch(angles.cos + i), s = load_scratch(angles.sin + i);
+      for (int64_t head = 0; head < heads; ++head) {
+        const Vec v = load(x + head * head_stride + i, lanes);
+        const Vec crossed{sub(broadcast_reg(0.f), mul(v.odd, s.even)), mul(v.even, s.odd)};
+        store(y + head * t.head_dim + i, fma(v, c, crossed), lanes);
+      }
     });
     return;
   }
-  const int64_t half = head_dim / 2, b = half_size(head_dim);
-  const Vec zero = broadcast(0.f);
+  const int64_t half = t.head_dim / 2, b = half_size(t.head_dim);
+  const Vec minus_one = broadcast(-1.f);
   for_lanes(half, streamed, [&](int64_t i, auto lanes) {
-    const Vec x_a = load(x + i, lanes), x_b = load(x + half + i, lanes);
-    const Vec minus = sub(zero, mul(x_b, load_scratch(angles.sin + i)));
-    store(y + i, fma(x_a, load_scratch(angles.cos + i), minus), lanes);
-    const Vec plus = mul(x_a, load_scratch(angles.sin + b + i));
-    store(y + half + i, fma(x_b, load_scratch(angles.cos + b + i), plus), lanes);
+    const Vec cos_a = load_scratch(angles.cos + i), cos_b = load_scratch(angles.cos + b + i);
+    const Vec sin_a = mul(minus_one, load_scratch(angles.sin + i)), sin_b = load_scratch(angles.sin + b + i);
+    for (int64_t head = 0; head < heads; ++head) {
+      const X* from = x + head * head_stride + i;
+      Y* to = y + head * t.head_dim + i;
+      const Vec x_a = load(from, lanes), x_b = load(from + half, lanes);
+      store(to, fma(x_a, cos_a, mul(x_b, sin_a)), lanes);
+      store(to + half, fma(x_b, cos_b, mul(x_a, sin_b)), lanes);
+    }
   });
 }
 
@@ -87,9 +96,7 @@ void tokens(const Rotary* xs, int count, const RotaryTables& t, int64_t begin, i
       const int64_t run = t.interleaved ? t.head_dim : t.head_dim / 2;
       const bool streamed = can_stream(static_cast<const Y*>(xs[n].y), t.tokens * xs[n].heads * t.head_dim / run, run);
       Y* y = static_cast<Y*>(xs[n].y) + token * xs[n].heads * t.head_dim;
-      for (int64_t head = 0; head < xs[n].heads; ++head) {
-        rotate(x + head * xs[n].head_stride, y + head * t.head_dim, t.head_dim, t.interleaved, streamed, angles);
-      }
+      rotate(x, xs[n].head_stride, y, xs[n].heads, t, streamed, angles);
     }
   }
   finish_streams();

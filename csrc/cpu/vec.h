@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -47,8 +48,8 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 //
 // maximum and minimum return the second operand where one is NaN. fraction(t) is t - floor(t), in [0, 1); and
 // scale_by_power(v, t) is v * 2^floor(t), for v in [1, 2]: 0 for t = -inf, and subnormals are right. split and join
-// turn memory order into Vec order and back. Where kHalves is 2, half a register is half the work, and a HalfReg is
-// one.
+// turn memory order into Vec order and back. Where kHalves is 2, a HalfReg is half a register, for half the work;
+// elsewhere a register.
 
 #if defined(LEMUR_ISA_AVX512)
 
@@ -115,6 +116,8 @@ inline bool none_subnormal(Reg a, Reg b) {
   constexpr int kSubnormal = 0x20;
   return _kortestz_mask16_u8(_mm512_fpclass_ps_mask(a, kSubnormal), _mm512_fpclass_ps_mask(b, kSubnormal));
 }
+// Of elements of 16 bits.
+inline bool none_zero(Bits bits) { return _mm512_testn_epi16_mask(bits, _mm512_set1_epi32(0x7fff7fff)) == 0; }
 // The elements of a, then those of b.
 inline Bits round_both(Reg a, Reg b) {
   const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
@@ -506,11 +509,13 @@ inline void store(T* p, Vec v, Full) {
   store_reg(p, v.even);
   store_reg(p + kRegLanes, v.odd);
 }
-// In memory order, to nearest even. The conversion of the instruction set takes subnormal numbers for zeros, so it
-// serves where there are none.
+// In memory order, to nearest even. The conversion of the instruction set takes subnormal numbers for zeros, so its
+// result stands where no element of it is zero, which one test of all tells, or where none was subnormal.
 inline Bits round_elements(Vec v) {
 #if defined(LEMUR_ISA_AVX512_BF16)
-  if (__builtin_expect(none_subnormal(v.even, v.odd), true)) return round_pairs(v.even, v.odd);
+  const Bits rounded = round_pairs(v.even, v.odd);
+  if (__builtin_expect(none_zero(rounded), true)) return rounded;
+  if (none_subnormal(v.even, v.odd)) return rounded;
 #endif
   return join_upper(round_upper(v.even), round_upper(v.odd));
 }
@@ -680,6 +685,12 @@ struct Rounder<float16> {
 
 template <typename T>
 inline Vec round_to(Vec v) {
+#if defined(LEMUR_ISA_AVX512_BF16)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const Bits bits = round_elements(v);
+    return {lower_as_float(bits), upper_as_float(bits)};
+  }
+#endif
   return {Rounder<T>::round(v.even), Rounder<T>::round(v.odd)};
 }
 

@@ -201,6 +201,14 @@ inline Ints shuffle_quarters(const Ints& a, const Ints& b, int control) {
   return ints([&](int i) { return (i < 8 ? a : b).at[(control >> (i / 4 * 2) & 3) * 4 + i % 4]; });
 }
 
+// Which elements of 16 bits have no bit of b's.
+inline uint32_t none_of_shorts(const Ints& a, const Ints& b) {
+  const auto x = as<std::array<uint16_t, 32>>(a), y = as<std::array<uint16_t, 32>>(b);
+  uint32_t r = 0;
+  for (size_t i = 0; i < 32; ++i) r |= static_cast<uint32_t>((x[i] & y[i]) == 0) << i;
+  return r;
+}
+
 // Elements by the five lowest bits of an index each.
 inline Ints permute_shorts(const Ints& index, const Ints& a) {
   const auto places = as<std::array<uint16_t, 32>>(index), from = as<std::array<uint16_t, 32>>(a);
@@ -355,6 +363,7 @@ inline void tile_dpbf16(int c, int a, int b) {
 #define _mm512_srli_epi32 emulated::srli
 #define _mm512_test_epi32_mask(a, b) emulated::mask_test(0xffff, a, b)
 #define _mm512_mask_test_epi32_mask emulated::mask_test
+#define _mm512_testn_epi16_mask emulated::none_of_shorts
 #define _mm512_mask_blend_epi16 emulated::blend_epi16
 #define _mm512_unpacklo_epi32 emulated::unpack<false, 1>
 #define _mm512_unpackhi_epi32 emulated::unpack<true, 1>
