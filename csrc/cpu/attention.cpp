@@ -586,7 +586,7 @@ struct Backward {
     const Visibility visible{a.causal, a.window, doc.keys - doc.queries, doc.queries, doc.keys};
     const int64_t first_packed = visible.first_key_block(0);
     int64_t packed = first_packed;       // past the last block of keys that is packed
-    int64_t first_written = key_blocks;  // dk and dv from there up to `packed` are written by the last block of queries
+    int64_t first_written = key_blocks;  // dk and dv from there on are written by the last block of queries
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       for (int64_t block = 0; block < blocks_of(doc.queries); ++block) {
         const int64_t first = block * kBlock, count = least(kBlock, doc.queries - first);
@@ -648,10 +648,9 @@ struct Backward {
         }
       }
     }
-    // What the last block of queries does not see. What no block of queries sees are zeros, and it lies before or
-    // behind what some block sees: each sees what begins where the one before it has its end, or earlier.
-    for (int64_t key_block = 0; key_block < key_blocks; ++key_block) {
-      if (first_written <= key_block && key_block < packed) continue;
+    // Keys before the window of the last block of queries, which sees the last key; or all, without queries. What no
+    // block of queries sees are zeros.
+    for (int64_t key_block = 0; key_block < first_written; ++key_block) {
       if (key_block < first_packed || key_block >= packed) {
         dk(key_block).clear();
         dv(key_block).clear();
