@@ -55,7 +55,8 @@ def command_line(arguments: type[T], description: str | None) -> T:
     """
     import tyro
 
-    return tyro.cli(arguments, description=description)
+    spec = sys.modules["__main__"].__spec__
+    return tyro.cli(arguments, description=description, prog=f"python -m {spec.name}" if spec else None)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -399,6 +400,12 @@ def in_turns(
                 measurement.seconds.append(seconds)
                 measurement.peak_bytes = max(measurement.peak_bytes, peak)
                 measurement.results.append(result)
+        # A process that is killed leaves its semaphores behind, and Python would warn of them.
+        for connection in connections:
+            with contextlib.suppress(OSError):  # a rival that failed has gone
+                connection.send(False)
+        for process in processes:
+            process.join(timeout=30)
     finally:
         for process in processes:
             process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import time
 
@@ -34,6 +35,17 @@ def make_breaking():
 
 def make_allocator(mebibytes):
     return lambda: torch.ones(mebibytes << 18).sum().item()
+
+
+def make_leaver(path):
+    atexit.register(path.touch)
+    return lambda: None
+
+
+def test_rivals_end_by_themselves(tmp_path):
+    path = tmp_path / "left"
+    harness.in_turns({"leaver": (make_leaver, (path,))}, rounds=1, warmup=0, report=lambda _: None)
+    assert path.exists()
 
 
 def test_rivals_are_timed_in_turns_and_failures_are_kept(tmp_path):
