@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, MistralConfig, MistralForCausalLM
+from transformers import (
+    DataCollatorWithFlattening,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from lemur_fast.llama import accelerate
 from tests.llama.tiny import (
@@ -28,6 +34,20 @@ def test_packed_documents_stay_apart(way: str) -> None:
     assert_same(loss_and_gradients(model, **batch), separate_documents(tiny_llama(), documents()))
 
 
+@pytest.mark.parametrize("way", ["cu_seqlens", "seq_idx"])
+def test_documents_without_positions_that_restart(way: str) -> None:
+    batch = packed(documents())
+    lengths, labels = batch["cu_seqlens"].diff(), batch["labels"].clone()
+    labels[0, batch["cu_seqlens"][:-1].long()] = -100  # stock knows no documents in its loss
+    ways = {"cu_seqlens": batch["cu_seqlens"], "seq_idx": torch.arange(len(lengths)).repeat_interleave(lengths)[None]}
+    model = tiny_llama(attn_implementation="lemur_fast")
+    ours = loss_and_gradients(model, input_ids=batch["input_ids"], labels=labels, **{way: ways[way]})
+    assert_same(ours, separate_documents(tiny_llama(), documents()))
+    cached = model.eval()(batch["input_ids"])
+    with pytest.raises(ValueError, match=f"{way}: got documents beside a KV cache"):
+        model(batch["input_ids"][:, :3], past_key_values=cached.past_key_values, **{way: ways[way]})
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_skipped(side: str) -> None:
     batch = padded(documents(), side)
@@ -43,9 +63,10 @@ def test_a_mask_of_four_dimensions_is_refused() -> None:
         model(input_ids=torch.ones(1, 20, dtype=torch.long), attention_mask=causal, use_cache=False)
 
 
+@pytest.mark.parametrize("lengths", [(7, 3, 12, 5), (9, 9)], ids=["padded", "whole"])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generation_gives_the_tokens_of_stock(cache: str | None) -> None:
-    batch = padded(documents((7, 3, 12, 5)), "left")
+def test_generation_gives_the_tokens_of_stock(cache: str | None, lengths: tuple[int, ...]) -> None:
+    batch = padded(documents(lengths), "left")
     del batch["labels"]
     tokens = [
         tiny_llama(attn_implementation=name)
@@ -56,24 +77,40 @@ def test_generation_gives_the_tokens_of_stock(cache: str | None) -> None:
     assert torch.equal(*tokens)
 
 
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
+def mistral(implementation: str) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5, attn_implementation=implementation)).eval()
+
+
 def test_sliding_window_of_another_model() -> None:
-    outputs = []
-    for name in ("lemur_fast", "eager"):
-        torch.manual_seed(0)
-        config = MistralConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            sliding_window=5,
-            initializer_range=0.2,
-            attn_implementation=name,
-        )
-        model = MistralForCausalLM(config).eval()
-        outputs.append(model(torch.arange(1, 18)[None], use_cache=False).logits)
-    assert_near(*outputs)
+    assert_near(*(mistral(name)(torch.arange(1, 18)[None], use_cache=False).logits for name in ("lemur_fast", "eager")))
+
+
+@pytest.mark.parametrize("tokens", [3, 9], ids=["shorter than the window", "longer"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_over_a_sliding_window(cache: str, tokens: int) -> None:
+    ids = torch.randint(1, VOCAB, (2, tokens))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
+    assert torch.equal(*(mistral(name).generate(ids, **options) for name in ("lemur_fast", "eager")))
+
+
+def test_attention_in_chunks_is_refused() -> None:
+    config = Llama4TextConfig(
+        **SMALL, head_dim=16, attention_chunk_size=4, num_local_experts=2, attn_implementation="lemur_fast"
+    )
+    with pytest.raises(ValueError, match="layer_types: got 'chunked_attention'"):
+        Llama4ForCausalLM(config)(torch.ones(1, 9).long())
 
 
 def test_beside_accelerate() -> None:
