@@ -57,9 +57,15 @@ def check_count(name: str, value: object) -> None:
 def check_number(name: str, value: object, *, positive: bool = False) -> None:
     """Checks a Python number that must not be negative (or must be positive); nan is neither."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}; takes a number")
+        raise TypeError(f"{name}: got {type(value).__name__}; takes a Python number")
     if not (value > 0 if positive else value >= 0):
         raise ValueError(f"{name}: got {value}; must {'be positive' if positive else 'not be negative'}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Checks a bool; None and words would else count as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; takes True or False")
 
 
 def check_dims(name: str, tensor: Tensor, layout: str) -> None:
@@ -104,7 +110,7 @@ def to_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     first = tensors[0]
     device_type = "cpu" if first.is_cpu else first.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("lemur_fast", "DEF")
 
@@ -25,6 +26,9 @@ def define(schema: str, implementation: Callable, fake: Callable) -> torch._ops.
     name = schema[: schema.index("(")]
 
     def run(*args: Any) -> Any:
+        # torch would give a result without a tangent. Whether an argument has one cannot be seen from in here.
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(f"lemur_fast::{name}: forward-mode AD (jvp, jacfwd) is not supported")
         # Autocast stays active inside an operator. The dtypes were settled by the public function, and the
         # reference must not have its float32 products turned into bfloat16 behind its back.
         if torch._C._is_any_autocast_enabled():  # half the time of asking for one type of device

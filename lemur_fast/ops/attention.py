@@ -37,6 +37,7 @@ from lemur_fast.ops._checks import (
     check_count,
     check_device,
     check_dims,
+    check_flag,
     check_floats,
     check_integer,
     check_number,
@@ -548,6 +549,8 @@ def attention(
         check_integer("cu_seqlens_k", cu_seqlens_k, _INT32)
         check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, "the shape of cu_seqlens")
         check_device("cu_seqlens_k", cu_seqlens_k, device)
+    if causal is not True:
+        check_flag("causal", causal)
     if window is not None:
         check_count("window", window)
         if not causal:

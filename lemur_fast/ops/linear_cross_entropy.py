@@ -785,7 +785,10 @@ def linear_cross_entropy(
     options = loss_options(ignore_index, label_smoothing, z_loss, softcap, reduction, num_items)
     (hidden,) = to_autocast_dtype(hidden)
     dtype = hidden.dtype
-    if weight.dtype != dtype and weight.dtype != torch.float32:
+    if weight.dtype not in (dtype, torch.float32):  # 16 bits of another kind: autocast casts them, too
+        (weight,) = to_autocast_dtype(weight)
+        bias = None if bias is None else to_autocast_dtype(bias)[0]
+    if weight.dtype not in (dtype, torch.float32):
         raise ValueError(f"weight: got dtype {weight.dtype}; takes {dtype}, the dtype of hidden, or float32")
     wants_grad = torch.is_grad_enabled()
     wanted = (

@@ -23,6 +23,7 @@ from lemur_fast.dispatch import choose, implementation, register_backend, serves
 from lemur_fast.ops._checks import (
     check_constant,
     check_dims,
+    check_flag,
     check_floats,
     check_shape,
     compute_dtype,
@@ -244,4 +245,6 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
     check_constant("cos", cos)
     check_constant("sin", sin)
     backend = choose("rotary", q.device, dtype, q.numel(), wants_grad(q, k), table_dtype=table_dtype)
+    if interleaved is not False:
+        check_flag("interleaved", interleaved)
     return _rotary_op(q, k, cos, sin, interleaved, backend)

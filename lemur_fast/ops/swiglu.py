@@ -238,7 +238,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None 
     Raises:
         TypeError, ValueError: as `swiglu` and ``torch.nn.functional.linear`` do.
     """
-    if torch.is_autocast_enabled(gate.device.type) or not (wants_grad(weight) and wants_grad(gate, up)):
+    if gate.is_meta or torch.is_autocast_enabled(gate.device.type) or not (wants_grad(weight) and wants_grad(gate, up)):
         # Autocast casts a weight once for all of its uses, which a function of our own cannot ask for; and y is kept
         # for the weight's gradient alone.
         return linear(swiglu(gate, up), weight, bias)

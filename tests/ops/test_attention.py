@@ -321,6 +321,7 @@ def test_no_square_of_the_pack_is_allocated():
         ({"cu_seqlens_k": bounds(3, 3)}, ValueError, r"cu_seqlens_k: got shape \[3\]"),
         ({"window": 0}, ValueError, "window: got 0"),
         ({"window": 4, "causal": False}, ValueError, "window: got 4 with causal=False"),
+        ({"causal": None}, TypeError, "causal: got None; takes True or False"),
         ({"window": 2.5}, TypeError, "window: got float; takes an int"),
         ({"softcap": -1.0}, ValueError, "softcap: got -1.0"),
     ],

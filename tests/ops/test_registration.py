@@ -52,6 +52,19 @@ def test_opcheck(backend, op):
         torch.library.opcheck(getattr(OPS, op).default, arguments)
 
 
+@pytest.mark.parametrize("op", sorted(operator_calls("reference")))
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_forward_mode_is_refused(op, wants_grad):
+    """torch would give a result without a tangent, which is a gradient of zero."""
+    operator, (first, *rest) = getattr(OPS, op).default, operator_calls("reference")[op][0]
+    rest = [x.detach() if isinstance(x, torch.Tensor) else x for x in rest]
+    first = first.detach().requires_grad_(wants_grad)
+    with pytest.raises(NotImplementedError), torch.autograd.forward_ad.dual_level():
+        operator(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)), *rest)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda x: operator(x, *rest), (first,), (torch.ones_like(first),))
+
+
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype_of_dweight", [torch.bfloat16, torch.float32])
 def test_opcheck_of_a_gradient_in_either_dtype(backend, monkeypatch, amx, dtype_of_dweight):
@@ -223,3 +236,17 @@ def test_backward_inside_autocast_computes_the_same(backend):
     with torch.autocast("cpu", torch.bfloat16):
         (got,) = torch.autograd.grad(out, q)
     assert torch.equal(want, got)
+
+
+def test_linear_cross_entropy_under_autocast_of_another_dtype_than_the_weights():
+    """As torch's own layers, which cast both."""
+    hidden, head = tensors((6, 8), (9, 8))
+    half = head.detach().half().requires_grad_()
+    labels = torch.tensor([0, 3, -100, 8, 1, -100])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = lf.ops.linear_cross_entropy(hidden, half, labels)
+        expected = lf.ops.linear_cross_entropy(hidden, half.bfloat16(), labels)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert half.grad.dtype == torch.float16
+    assert half.grad.abs().sum() > 0

@@ -126,6 +126,7 @@ def test_double_backward_raises(backend):
         ({"sin": torch.zeros(3, 8)}, ValueError, r"sin: got shape \[3, 8\]"),
         ({"sin": torch.zeros(3, 16).double()}, ValueError, "sin: got dtype torch.float64"),
         ({"cos": torch.zeros(3, 16, requires_grad=True)}, ValueError, "cos: got a tensor that requires a gradient"),
+        ({"interleaved": "yes"}, TypeError, "interleaved: got 'yes'; takes True or False"),
         ({"q": torch.zeros(3, 4, 16).long()}, TypeError, "q: got dtype torch.int64"),
     ],
 )
