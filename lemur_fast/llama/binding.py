@@ -49,9 +49,14 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward. Our functions call the cache by its first name, which callers may use, too."""
         if CACHE != "past_key_values" and CACHE in kwargs:
-            if "past_key_values" in kwargs:
-                raise ValueError(f"past_key_values: got it beside {CACHE}, which is the same")
-            kwargs["past_key_values"] = kwargs.pop(CACHE)
+            cache = kwargs.pop(CACHE)
+            if kwargs.get("past_key_values") is None:
+                kwargs["past_key_values"] = cache
+            elif cache is not None:
+                raise ValueError(
+                    f"past_key_values: got it beside {CACHE}, its newer name (PEFT's prefix tuning and transformers' "
+                    "generate may use one each)"
+                )
         return self.function(self.module, *args, **kwargs)
 
     def __reduce__(self) -> tuple:
@@ -87,9 +92,9 @@ def is_replaced_by(module: nn.Module, function: Callable) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what enters or leaves `module`, forward or backward."""
+    """Whether a hook, or a forward around ours, sees what enters or leaves `module`, forward or backward."""
     hook_dicts = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(not _is_blind(hook) for hooks in hook_dicts for hook in hooks.values())
+    return _is_wrapped(module) or any(not _is_blind(hook) for hooks in hook_dicts for hook in hooks.values())
 
 
 def every_module_is_watched() -> bool:
@@ -99,3 +104,19 @@ def every_module_is_watched() -> bool:
 
 def _is_blind(hook: Callable) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith(_BLIND_HOOKS)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether someone else's ``forward`` was put on `module`, such as one that calls ours."""
+    forward = own_forward(module)
+    if forward is None or isinstance(forward, Forward):
+        return False
+    # torch.compile's wrapper around a module changes nothing for who looks from outside.
+    return type(module).__module__ != "torch._dynamo.eval_frame"
+
+
+def describe(thing: Any) -> str:
+    """The full name of a class or function."""
+    if thing is None:
+        return "nothing (it was deleted)"
+    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -49,6 +51,7 @@ from lemur_fast.llama.binding import (
     CACHE,
     DTensor,
     FSDPModule,
+    describe,
     every_module_is_watched,
     is_replaced_by,
     is_watched,
@@ -66,6 +69,10 @@ from lemur_fast.ops.rms_norm import Normed
 from lemur_fast.ops.swiglu import swiglu_linear
 
 _STOCK_LINEAR = nn.Linear.forward  # some tools replace it for all
+
+LOSSES = frozenset(("linear_cross_entropy", "cross_entropy"))
+SILU = (nn.SiLU, SiLUActivation)
+"""The classes of the activation that swiglu computes."""
 
 # Older releases of transformers checkpoint a layer in its __call__, which is not replaced here.
 _LAYER_CHECKPOINTS_ITSELF = "__call__" in vars(GradientCheckpointingLayer)
@@ -106,7 +113,7 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 def mlp_forward(self: LlamaMLP, x: Tensor, normed: Normed | None = None) -> Tensor:
     """``LlamaMLP.forward``; `normed` is what `x` was made of."""
-    if is_watched(self.act_fn):
+    if type(self.act_fn) not in SILU or is_watched(self.act_fn):  # put there later: accelerate has checked
         return type(self).forward(self, x)
     gate, up = _project(x, self.gate_proj, self.up_proj, normed=normed)
     down = self.down_proj
@@ -354,7 +361,7 @@ def model_forward(
         if hands_on:
             hidden_states, residual = layer(hidden_states, residual, fused=True, hands_on=True, **arguments)
         else:
-            hidden_states = layer(hidden_states, fused=fused, **arguments)
+            hidden_states = layer(hidden_states, **({"fused": True} if fused else {}), **arguments)
     if residual is None:
         hidden_states = self.norm(hidden_states)
     else:
@@ -542,7 +549,11 @@ def causal_lm_forward(
     unpadded = plan.packed if plan.packed is not None and plan.packed.rows is not None else None
 
     logits = loss = None
-    if not (has_labels and self.training) or options.return_logits:
+    returns_logits = not (has_labels and self.training) or options.return_logits
+    head_is_watched = has_labels and is_watched(self.lm_head)
+    if head_is_watched and not returns_logits:
+        _announce_logits(self, options)
+    if returns_logits or head_is_watched:
         in_shape = hidden_states if unpadded is None else unpadded.put_back(hidden_states[0])
         logits = self.lm_head(_keep(in_shape, logits_to_keep))
     if has_labels:
@@ -563,7 +574,7 @@ def causal_lm_forward(
         )
     result = CausalLMOutputWithPast(
         loss=loss,
-        logits=logits,
+        logits=logits if returns_logits else None,
         hidden_states=base.hidden_states,
         attentions=base.attentions,
         **{CACHE: getattr(base, CACHE)},
@@ -593,6 +604,8 @@ def _loss(
     self: LlamaForCausalLM, options: Options, hidden_states: Tensor, logits: Tensor | None, targets: Targets
 ) -> Any:
     """The loss of ``hidden_states [P, H]``, from ``logits [P, V]`` where they are at hand."""
+    if not options.ops.isdisjoint(LOSSES):
+        check_loss_function(self)
     labels, rows, num_items, ignore_index, record_stats = targets
     if logits is None and "linear_cross_entropy" in options.ops:
         loss: Callable[..., Any] = functools.partial(
@@ -608,14 +621,11 @@ def _loss(
             return self.lm_head(hidden_states, loss=loss)
         if type(self.lm_head) is nn.Linear and not is_watched(self.lm_head):
             return head_forward(self.lm_head, hidden_states, loss)  # put there later, by resize_token_embeddings
-        _warn_once(
-            f"lm_head has an adapter or hooks ({_full_name(type(self.lm_head))}): the loss is taken from logits held "
-            "in memory, by cross_entropy"
-        )
+        _announce_logits(self, options)
     if logits is None:
         logits = self.lm_head(hidden_states)
     labels = only_rows(labels, rows, ignore_index)
-    if options.ops.isdisjoint(("linear_cross_entropy", "cross_entropy")):
+    if options.ops.isdisjoint(LOSSES):
         if record_stats is not None:
             raise ValueError("record_stats: the losses of lemur_fast give statistics; ops leaves out both")
         return self.loss_function(
@@ -627,6 +637,23 @@ def _loss(
             ignore_index=ignore_index,
         )
     return _recorded(ops.cross_entropy, record_stats, logits, labels, num_items=num_items, ignore_index=ignore_index)
+
+
+def check_loss_function(self: LlamaForCausalLM) -> None:
+    """Refuses a loss that is not the one that ours compute."""
+    if self.loss_function is not ForCausalLMLoss:
+        raise ValueError(
+            f"model.loss_function: got {describe(self.loss_function)}; cross_entropy and linear_cross_entropy compute "
+            "Hugging Face's ForCausalLMLoss. Leave both out of ops to keep yours"
+        )
+
+
+def _announce_logits(self: LlamaForCausalLM, options: Options) -> None:
+    if "linear_cross_entropy" in options.ops:
+        _warn_once(
+            f"lm_head has an adapter, a hook or a forward of its own ({_full_name(type(self.lm_head))}): the loss is "
+            "taken from logits held in memory, by cross_entropy"
+        )
 
 
 def _recorded(

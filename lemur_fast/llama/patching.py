@@ -6,11 +6,9 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -22,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 
 from lemur_fast import _malloc
 from lemur_fast.llama import forwards
-from lemur_fast.llama.binding import DTensor, Forward, FSDPModule, is_replaced_by, own_forward
+from lemur_fast.llama.binding import DTensor, Forward, FSDPModule, describe, is_replaced_by, own_forward
 from lemur_fast.ops import _products
 
 OPS = ("rms_norm", "rotary", "swiglu", "attention", "cross_entropy", "linear_cross_entropy")
@@ -65,7 +63,7 @@ class Accelerated:
         linear = sum(is_replaced_by(module, forwards.linear_forward) for _, module in self._replaced)
         if linear:
             parts.append(f"{linear} linear layers (on this CPU, products of bfloat16 in float32)")
-        if used & {"linear_cross_entropy", "cross_entropy"}:
+        if used & forwards.LOSSES:
             from_hidden = "linear_cross_entropy" in used and not self.return_logits
             parts.append(
                 f"the loss ({'linear_cross_entropy' if from_hidden else 'cross_entropy, of logits that stay'})"
@@ -96,7 +94,7 @@ class Accelerated:
             if not (isinstance(forward, Forward) and forward.module is module):
                 raise RuntimeError(
                     f"restore: the forward of {name or 'the model'} was replaced after accelerate, by "
-                    f"{_describe(forward)}; undo that first"
+                    f"{describe(forward)}; undo that first"
                 )
         # PEFT deep-copies modules that it trains fully, with the forwards they have: those copies are restored too.
         for module in [*(module for _, module in self._replaced), *self.model.modules()]:
@@ -150,7 +148,7 @@ def accelerate(model: nn.Module, ops: str | Iterable[str] = "all", return_logits
     for name, module, _ in targets:
         if own_forward(module) is not None:
             raise TypeError(
-                f"{name or 'model'}.forward: was replaced by {_describe(own_forward(module))}; takes a stock model. "
+                f"{name or 'model'}.forward: was replaced by {describe(own_forward(module))}; takes a stock model. "
                 "Call accelerate before whatever wraps forward (Accelerator.prepare, device_map, use_kernels)"
             )
     _check_modules(model)
@@ -181,7 +179,12 @@ def _targets(
         attention = expect(layer.self_attn, LlamaAttention)
         yield names[attention], attention, functools.partial(forwards.attention_forward, options=options)
         if "swiglu" in ops:
-            yield names[layer.mlp], expect(layer.mlp, LlamaMLP), forwards.mlp_forward
+            mlp = expect(layer.mlp, LlamaMLP)
+            if type(mlp.act_fn) not in forwards.SILU:
+                raise ValueError(
+                    f"{names[mlp]}.act_fn: got a {type(mlp.act_fn).__name__}; swiglu takes SiLU. Leave it out of ops"
+                )
+            yield names[mlp], mlp, forwards.mlp_forward
     for module, name in names.items():
         # By class, not by place: PEFT may keep a norm or the output layer twice, its own copy and the original.
         if "rms_norm" in ops and isinstance(module, LlamaRMSNorm) and not _overrides_forward(module, LlamaRMSNorm):
@@ -236,11 +239,8 @@ def _check_configuration(model: LlamaForCausalLM, ops: tuple[str, ...]) -> None:
         raise ValueError(f"config.head_dim: got {config.head_dim}; attention takes at most {_MAX_HEAD_DIM}")
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal: got False; takes a causal model")
-    if model.loss_function is not ForCausalLMLoss and {"cross_entropy", "linear_cross_entropy"} & set(ops):
-        raise ValueError(
-            f"model.loss_function: got {_describe(model.loss_function)}; cross_entropy and linear_cross_entropy "
-            "compute Hugging Face's ForCausalLMLoss. Leave both out of ops to keep yours"
-        )
+    if not forwards.LOSSES.isdisjoint(ops):
+        forwards.check_loss_function(model)
 
 
 def _check_modules(model: PreTrainedModel) -> None:
@@ -277,9 +277,3 @@ def _plain_name(module: nn.Module) -> str:
         if not issubclass(cls, FSDPModule):
             return cls.__name__
     return type(module).__name__
-
-
-def _describe(thing: Any) -> str:
-    if thing is None:
-        return "nothing (it was deleted)"
-    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from transformers import (
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -27,6 +28,7 @@ from transformers.models.llama import modeling_llama
 
 import lemur_fast
 from lemur_fast.llama import Accelerated, accelerate, forwards, patching
+from lemur_fast.llama.binding import CACHE
 from lemur_fast.ops import _products
 from tests.llama.tiny import VOCAB, assert_same, documents, loss_and_gradients, packed, pair, tiny_llama
 
@@ -324,6 +326,19 @@ def test_another_activation_works_without_swiglu() -> None:
     torch.testing.assert_close(ours(ids, labels=ids).loss, stock(ids, labels=ids).loss, rtol=1e-5, atol=0)
 
 
+def test_an_activation_that_was_replaced() -> None:
+    """Before, it is refused; later, it is called."""
+    model, ours, stock = tiny_llama(), tiny_llama(), tiny_llama()
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.act_fn: got a ReLU; swiglu takes SiLU"):
+        accelerate(model)
+    accelerate(ours)
+    for changed in (ours, stock):
+        changed.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    torch.testing.assert_close(ours(ids, labels=ids).loss, stock(ids, labels=ids).loss, rtol=1e-5, atol=0)
+
+
 def test_bidirectional_models_are_refused() -> None:
     model = tiny_llama()
     model.config.is_causal = False
@@ -353,6 +368,11 @@ def test_a_custom_loss_is_refused_unless_it_can_run() -> None:
     model.loss_function = lambda logits, **kwargs: logits.sum()
     with pytest.raises(ValueError, match=r"model\.loss_function: got .*<lambda>.*Leave both out"):
         accelerate(model)
+    later = tiny_llama()
+    accelerate(later)
+    later.loss_function = model.loss_function
+    with pytest.raises(ValueError, match=r"model\.loss_function: got .*<lambda>.*Leave both out"):
+        later(torch.ones(1, 3).long(), labels=torch.ones(1, 3).long())
     accelerate(model, ops=["rms_norm"])
     ids = torch.randint(1, VOCAB, (2, 9))
     torch.testing.assert_close(model(ids, labels=ids).loss, model(ids).logits.sum(), rtol=1e-4, atol=1e-3)
@@ -449,6 +469,18 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
     accelerate(model)
     with pytest.raises(error, match=message):
         model(**({"input_ids": torch.ones(1, 9).long()} | arguments))
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="this transformers has one name for the cache")
+def test_either_name_of_the_cache() -> None:
+    model, ids = tiny_llama().eval(), torch.randint(1, VOCAB, (1, 5))
+    accelerate(model)
+    for names in ((CACHE, "past_key_values"), ("past_key_values", CACHE)):
+        cache = DynamicCache(config=model.config)
+        model(ids, **{names[0]: cache, names[1]: None})
+        assert cache.get_seq_length() == 5
+    with pytest.raises(ValueError, match=f"past_key_values: got it beside {CACHE}, its newer name"):
+        model(ids, **dict.fromkeys(names, cache))
 
 
 def test_two_rows_beside_cu_seqlens_are_refused() -> None:

@@ -138,11 +138,52 @@ def test_a_hook_on_the_output_layer_sees_logits() -> None:
     seen: list[torch.Tensor] = []
     ours.lm_head.register_forward_hook(lambda m, args, out: seen.append(out))
     forwards._announced.clear()
-    with pytest.warns(UserWarning, match=r"lm_head has an adapter or hooks \(torch\.nn\..*Linear\)"):
-        loss = ours(ids, labels=ids).loss
+    with pytest.warns(UserWarning, match=r"lm_head has an adapter, a hook or .* \(torch\.nn\..*Linear\)"):
+        result = ours(ids, labels=ids)
     expected = stock(ids, labels=ids)
-    assert_near(seen[0].flatten(0, -2), expected.logits.flatten(0, 1))
-    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
+    assert result.logits is None
+    assert_near(seen[0], expected.logits)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=0)
+    batch = padded(documents(), "left")
+    ours(**batch)
+    assert seen[1].shape == (*batch["input_ids"].shape, VOCAB)
+
+
+@pytest.mark.parametrize("place", [*PLACES, "lm_head"])
+def test_a_forward_that_someone_wraps_later_sees_what_stock_shows(place: str) -> None:
+    """As accelerate's hooks for offloading do, and anyone who changes what a module computes."""
+    ours, stock = pair()
+    ids = torch.randint(1, VOCAB, (2, 9))
+    results, shown = [], []
+    for model in (ours, stock):
+        module, seen = model.get_submodule(place), []
+
+        def wrapped(*args: Any, inner: Any = module.forward, seen: list = seen, **kwargs: Any) -> Any:
+            out = inner(*args, **kwargs)
+            seen.extend(x.shape for x in comparable(out))
+            if isinstance(out, torch.Tensor):
+                return out * 0.5
+            if isinstance(out, tuple):
+                return (out[0] * 0.5, *out[1:])
+            out.last_hidden_state = out.last_hidden_state * 0.5
+            return out
+
+        module.forward = wrapped
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.detach(), gradients(model)))
+        shown.append(seen)
+    assert_same(*results)
+    assert shown[0] == shown[1]
+
+
+def test_a_layer_that_was_compiled_alone_is_not_watched(layouts: list[bool]) -> None:
+    ours, _ = pair()
+    for number, layer in enumerate(ours.model.layers):
+        ours.model.layers[number] = torch.compile(layer, backend="eager")
+    ids = torch.randint(1, VOCAB, (2, 9))
+    ours(ids, labels=ids)
+    assert not forwards._is_watched_inside(ours.model)
 
 
 def test_global_hooks_see_what_stock_shows(layouts: list[bool]) -> None:
