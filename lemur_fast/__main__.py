@@ -105,7 +105,7 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ValueError(f"--device: got {text!r}; takes cpu, cuda, or cuda and a number, as in cuda:1")
     if device.type == "cpu":
         return torch.device("cpu")

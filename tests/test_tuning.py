@@ -596,6 +596,7 @@ def test_the_command_from_end_to_end(cache):
     [
         (["--device", "mps"], "--device: got 'mps'; takes cpu, cuda, or cuda and a number"),
         (["--device", "gpu0"], "--device: got 'gpu0'; takes cpu, cuda, or cuda and a number"),
+        (["--device", "cpu:3"], "--device: got 'cpu:3'; takes cpu, cuda, or cuda and a number"),
         (["--device", "cuda:99"], "--device: got 'cuda:99'; torch finds"),
         (["--ops", "rms_norm,conv"], "--ops: got 'conv'; takes rms_norm, rotary, swiglu, attention"),
         (["--dtypes", "float64"], "--dtypes: got 'float64'; takes float32, bfloat16, float16"),
