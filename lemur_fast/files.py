@@ -2,11 +2,16 @@
 
 import json
 import os
+import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LOCK = ".lock"
+"""In the folder of a run or a corpus, held by the process that is at work there."""
 
 
 @contextmanager
@@ -56,3 +61,35 @@ def write_text(target: str | Path, text: str) -> None:
 def write_json(target: str | Path, content: Any) -> None:
     """`write_text` of JSON; what JSON does not know, such as a path, is written as its `str`."""
     write_text(target, json.dumps(content, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in the folder of a run or a corpus; what a killed one left half written goes.
+
+    The system itself gives the folder free when the process ends, however it does.
+
+    Raises:
+        FileExistsError: another process is at work there.
+    """
+    import fcntl  # here, since only this needs it, and not every system has it
+
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise FileExistsError(
+                f"{folder} is in use by {lock.read() or 'another process'}; choose another --out"
+            ) from None
+        except OSError as error:  # some cluster file systems have no locks
+            warnings.warn(f"{folder} cannot be locked ({error.strerror}): no second process may use it", stacklevel=2)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        for left in (*folder.glob(".*.partial*"), *folder.glob(".*.old")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+        yield

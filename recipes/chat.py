@@ -46,7 +46,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
 
 import torch
 import transformers
-import tyro
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
@@ -59,8 +58,9 @@ from lemur_fast.data.loader import Loader, held_out_batches
 from lemur_fast.data.mixture import Mixture
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import load_tokenizer
-from lemur_fast.files import write_json, write_text
+from lemur_fast.files import claimed, write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
+from lemur_fast.training.command_line import parse_settings
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
 from lemur_fast.training.fit import Progress, fit
 from lemur_fast.training.flops import peak_flops
@@ -70,9 +70,9 @@ from lemur_fast.training.loop import Telemetry, tracing
 from lemur_fast.training.lora import lora_config, merge
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
 from lemur_fast.training.optimizer import adamw
-from lemur_fast.training.saving import answers, claimed, run_folder, save_model
+from lemur_fast.training.saving import answers, recorded, run_folder, save_model
 from lemur_fast.training.settings import RunSettings, check_mixture
-from lemur_fast.training.weights import make_model, model_folder
+from lemur_fast.training.weights import make_model, model_folder, read_config, weights_fingerprint
 
 QUESTIONS = ("Hi, how are you?", "Write a Python function that adds two numbers.")
 
@@ -118,14 +118,12 @@ class Chat(RunSettings):
 
     NOT_OF_THE_TRAINING = RunSettings.NOT_OF_THE_TRAINING | {"sources", "show_example"}
     MAY_CHANGE = RunSettings.MAY_CHANGE | {"epochs"}
-    ABOVE_ZERO = RunSettings.ABOVE_ZERO | {"lora_alpha"}
+    ABOVE_ZERO = RunSettings.ABOVE_ZERO | {"lora_alpha", "epochs"}
     NOT_NEGATIVE = RunSettings.NOT_NEGATIVE | {"lora_rank"}
 
     def check(self) -> None:
         """Refuse settings that cannot work, before anything is done."""
         super().check()
-        if self.epochs is not None and not self.epochs > 0:
-            raise ValueError(f"--epochs must be above 0, got {self.epochs}")
         if self.sources and self.data:
             raise ValueError("--sources and --data: give one of them; --data is tokenized already")
         if self.show_example and self.data:
@@ -173,9 +171,7 @@ def base_folder(args: Chat) -> Path:
 
 def model_config(args: Chat, folder: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """Architecture of the model in `folder`, with the vocabulary of the tokenizer."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"--model {folder} is a {config.model_type!r}; only LLaMA models are supported")
+    config = read_config(folder)
     if args.seq_len > config.max_position_embeddings:
         raise ValueError(f"--seq-len {args.seq_len} is longer than the model allows: {config.max_position_embeddings}")
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
@@ -231,8 +227,7 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     world.hold(claimed(folder))
     world.print(f"run        {folder}: preset {args.preset}, tunes {source}")
     record: dict[str, Any] = {"recipe": "chat", "settings": dataclasses.asdict(args), "base": str(source)}
-    if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
-        write_json(folder / "run.json", record)
+    world.hold(recorded(folder, record))
     notice = f"the tokenizer of {source}; ChatML tokens added: {new_tokens or 'none'}"
     world.first(lambda: prepare_data(args, folder, tokenizer, notice) and None)
     store = prepare_data(args, folder, tokenizer, notice)
@@ -251,9 +246,12 @@ def train(args: Chat, world: World, interruption: Interruption) -> int:
     record |= {"device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "processes": world.size}
     settings = dataclasses.asdict(args) | {"dtype": record["dtype"], "model": str(source)}
     settings["documents"] = store.fingerprint()
+    if lora:  # checkpoints do not hold the frozen weights
+        settings["weights"] = world.first(lambda: weights_fingerprint(source))
     saved = checkpoints.latest() if resume else None
     if saved is not None:
-        check_same_run(saved["settings"], settings, args.NOT_OF_THE_TRAINING, args.MAY_CHANGE, args.resume_changed)
+        ignored = args.NOT_OF_THE_TRAINING | ({"weights"} - saved["settings"].keys())  # older runs have noted none
+        check_same_run(saved["settings"], settings, ignored, args.MAY_CHANGE, args.resume_changed)
     seconds["data"] = time.perf_counter() - started
 
     options = {"seed": args.seed, "checkpointing": args.checkpointing, "compile": args.compile}
@@ -358,7 +356,7 @@ def parse(argv: list[str]) -> Chat:
         preset = given.preset or ("tiny" if given.model or pretrained() else "smollm2-135m")
     except SystemExit:
         preset = "tiny"
-    return tyro.cli(Chat, args=argv, default=PRESETS[preset], description=__doc__)
+    return parse_settings(Chat, argv, default=PRESETS[preset], description=__doc__)
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ Answers appear as they are written and end at <|im_end|>. In a conversation, /ne
 leaves, and Ctrl-C cuts an answer short. What is typed is text, whatever it looks like: it never is a control token.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ import lemur_fast as lf
 from lemur_fast.data.chat.chatml import DEFAULT_SYSTEM, ChatEncoder
 from lemur_fast.data.chat.conversation import Message
 from lemur_fast.data.tokenizer import load_tokenizer
+from lemur_fast.training.command_line import parse_settings
 from lemur_fast.training.distributed import compute_dtype
+from lemur_fast.training.weights import check_weights
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ class Talk:
             raise ValueError(
                 f"{folder} is not a chat model: {error}. recipes/chat.py --model makes one of it"
             ) from None
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA GPU here")
         device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         dtype = compute_dtype(device) if args.dtype == "auto" else getattr(torch, args.dtype)
+        check_weights(folder)
         self.model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         lf.accelerate(self.model)  # norms, rotary embeddings and SwiGLU are fused while decoding, too
         self.args, self.folder = args, folder
@@ -97,8 +103,9 @@ class Talk:
         """Write the answer to a question, as it comes, and remember both.
 
         Raises:
-            ValueError: the question alone is longer than the model can read.
+            ValueError: the question is not UTF-8, or alone longer than the model can read.
         """
+        question.encode(errors="surrogateescape").decode()  # no tokenizer takes the surrogates of other bytes
         context = self.model.config.max_position_embeddings
         room = min(self.args.max_new_tokens, context // 2)  # for the answer
         system, asked = self.said[0], Message("user", question)
@@ -159,15 +166,18 @@ def converse(talk: Talk) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
-    args = tyro.cli(Generate, args=argv, description=__doc__)
+    args = parse_settings(Generate, argv, description=__doc__)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        for name in ("max_new_tokens", "top_p"):
-            if not getattr(args, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-        if args.temperature < 0:
-            raise ValueError(f"--temperature must not be negative, got {args.temperature}")
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be above 0, got {args.max_new_tokens}")
+        if not 0 < args.top_p <= 1:
+            raise ValueError(f"--top-p must be in (0, 1], got {args.top_p}")
+        if not 0 <= args.temperature < math.inf:
+            raise ValueError(f"--temperature must not be negative, and finite, got {args.temperature}")
+        if args.seed is not None and not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed must be in [0, 2^63), got {args.seed}")
         if args.prompt is not None and not args.prompt.strip():
             raise ValueError("--prompt must not be empty")
         talk = Talk(args)

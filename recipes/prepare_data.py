@@ -35,8 +35,6 @@ from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
 
-import tyro
-
 from lemur_fast.data.embedded import embedded_sources
 from lemur_fast.data.executors import Cluster, run_local, run_ray, submit_slurm
 from lemur_fast.data.filters import Quality
@@ -45,6 +43,9 @@ from lemur_fast.data.sources import Source
 from lemur_fast.data.specification import source_from_path, sources_from_toml
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, load_tokenizer
+from lemur_fast.files import claimed
+from lemur_fast.training.command_line import parse_settings
+from lemur_fast.training.distributed import REFUSALS
 
 MIXTURE = {"code": 10, "text": 1}  # what pretrain.py reads by default
 
@@ -120,6 +121,8 @@ def prepare_data(args: PrepareData) -> int:
     """The whole run; returns the exit code."""
     started = time.perf_counter()
     try:
+        if args.workers < 0:
+            raise ValueError(f"--workers must not be negative, got {args.workers}")
         tokenizer = load_tokenizer(args.tokenizer)
         notice = MISTRAL_V1_NOTICE if args.tokenizer is None else f"the tokenizer in {args.tokenizer}"
         settings = Settings(args.quality, args.near_duplicates, args.decontaminate, held_out=args.held_out)
@@ -133,12 +136,14 @@ def prepare_data(args: PrepareData) -> int:
         if (args.out / "manifest.json").is_file():
             print(f"{args.out} is finished already")
             clean(corpus)
-        elif args.executor == "ray":
-            run_ray(corpus, args.cluster)
         else:
-            run_local(corpus, args.workers)
+            with claimed(args.out):
+                if args.executor == "ray":
+                    run_ray(corpus, args.cluster)
+                else:
+                    run_local(corpus, args.workers)
         store = TokenStore(args.out)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except REFUSALS as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # most of all: no space left on device
@@ -152,7 +157,7 @@ def prepare_data(args: PrepareData) -> int:
 def main() -> int:
     """Run from the command line."""
     try:
-        return prepare_data(tyro.cli(PrepareData, description=__doc__))
+        return prepare_data(parse_settings(PrepareData, description=__doc__))
     except KeyboardInterrupt:
         print("\nprepare_data: interrupted; run the same command again to continue from here", file=sys.stderr)
         return 130

@@ -43,7 +43,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenize on all cores
 
 import torch
 import transformers
-import tyro
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
@@ -55,8 +54,9 @@ from lemur_fast.data.mixture import Mixture, members
 from lemur_fast.data.pipeline import Settings
 from lemur_fast.data.store import TokenStore
 from lemur_fast.data.tokenizer import MISTRAL_V1_NOTICE, fingerprint, load_tokenizer
-from lemur_fast.files import write_json, write_text
+from lemur_fast.files import claimed, write_json, write_text
 from lemur_fast.training.checkpoint import Checkpoints, TrainingState, check_same_run
+from lemur_fast.training.command_line import parse_settings
 from lemur_fast.training.distributed import REFUSALS, World, compute_dtype, full_state_dict, process_group
 from lemur_fast.training.fit import Progress, fit
 from lemur_fast.training.flops import peak_flops
@@ -66,9 +66,9 @@ from lemur_fast.training.loop import Telemetry, tracing
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
 from lemur_fast.training.optimizer import adamw
 from lemur_fast.training.plan import plan
-from lemur_fast.training.saving import claimed, run_folder, sample, save_model
+from lemur_fast.training.saving import recorded, run_folder, sample, save_model
 from lemur_fast.training.settings import RunSettings, check_mixture, flag
-from lemur_fast.training.weights import make_model, model_folder
+from lemur_fast.training.weights import make_model, model_folder, read_config
 
 MIXTURE = {"code": 10.0, "text": 1.0}
 PROMPTS = {"code": 'def read_json(path):\n    """', "text": "The Python interpreter is"}
@@ -186,9 +186,7 @@ def model_config(args: Pretrain, folder: Path | None, tokenizer: PreTrainedToken
             bos_token_id=tokenizer.bos_token_id if tokenizer else 1,
             eos_token_id=tokenizer.eos_token_id if tokenizer else 2,
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"--model {args.model} is a {config.model_type!r}; only LLaMA models are supported")
+    config = read_config(folder)
     if tokenizer and len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}")
     if args.seq_len > config.max_position_embeddings:
@@ -261,8 +259,7 @@ def train(args: Pretrain, world: World, interruption: Interruption) -> int:
     world.hold(claimed(folder))
     world.print(f"run        {folder}")
     record: dict[str, Any] = {"recipe": "pretrain", "settings": dataclasses.asdict(args)}
-    if world.is_main and not (folder / "run.json").exists():  # from here on the folder is a run's
-        write_json(folder / "run.json", record)
+    world.hold(recorded(folder, record))
     notice = f"the tokenizer of {source}" if source else MISTRAL_V1_NOTICE
     world.first(lambda: prepare_data(args, folder, tokenizer, notice) and None)
     store = prepare_data(args, folder, tokenizer, notice)
@@ -386,7 +383,7 @@ def parse(argv: list[str]) -> Pretrain:
         preset = peek.parse_known_args(argv)[0].preset
     except SystemExit:
         preset = "tiny"
-    args = tyro.cli(Pretrain, args=argv, default=PRESETS[preset], description=__doc__)
+    args = parse_settings(Pretrain, argv, default=PRESETS[preset], description=__doc__)
     return dataclasses.replace(args, mixture=args.mixture or dict(MIXTURE))
 
 

@@ -5,6 +5,7 @@ done. That makes a run resumable piece by piece, whatever datatrove remembers of
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -59,9 +60,23 @@ class Step(PipelineStep):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.quiet and multiprocess.parent_process():  # a worker of this machine: its parent reports, and stops it
+            _leave_with_parent()
             logger.disable("datatrove")
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
+
+
+def _leave_with_parent(_: Any = None) -> None:
+    """In a child: end at once when the parent does, also when that was killed.
+
+    datatrove's manager would stay for ever, and keep the lock that it inherits from the parent.
+    """
+
+    def follow() -> None:
+        multiprocess.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _progress_folder(corpus: Corpus, stage: Stage) -> Path:
@@ -98,6 +113,7 @@ def run_local(
     sweep(corpus)
     logger.disable("datatrove")
     multiprocess.set_forkserver_preload(["__main__", __name__])
+    multiprocess.util.register_after_fork(corpus, _leave_with_parent)
     try:
         for stage in _missing(corpus, stages):
             pieces = len(stage.sizes(corpus))
@@ -210,6 +226,8 @@ def run_ray(corpus: Corpus, cluster: Cluster) -> None:
     """Run the stages that are not done on the Ray cluster that this process is connected to."""
     from datatrove.executor import RayPipelineExecutor
 
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--executor ray: the package ray is not installed; run `pip install ray`")
     sweep(corpus)
     for stage in _missing(corpus):
         RayPipelineExecutor(

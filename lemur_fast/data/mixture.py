@@ -12,7 +12,6 @@ The order is a pure function of (seed, position): two mixtures of the same store
 and `state()` returns to any of them. In memory a segment takes 32 bytes, and a document 8.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
@@ -26,7 +25,6 @@ from lemur_fast.packing import Segment
 WINDOW_ROWS = (
     64  # rows packed together: enough short segments at hand to fill the rows, few enough to plan in an instant
 )
-_log = logging.getLogger(__name__)
 
 Row = list[Segment]
 
@@ -108,10 +106,11 @@ class Mixture(Iterator[Row]):
             of_kind = members(documents, kind)
             self.segments[kind] = Segments.cut(of_kind, documents.lengths[of_kind], row_tokens)
             if not len(self.segments[kind]):
-                there = sorted(set(documents.kinds.tolist())) or "none"
+                there = sorted(set(documents.kinds.tolist()))
                 raise ValueError(
-                    f"the mixture asks for {kind!r}, of which the store has no tokens (kinds in it: {there}; "
-                    f"sources: {sorted(set(documents.sources.tolist())) or 'none'})"
+                    f"the mixture asks for {kind!r}, of which the store has no tokens (kinds in it: {there or 'none'}; "
+                    f"sources: {sorted(set(documents.sources.tolist())) or 'none'}); name what is there, as in "
+                    f"--mixture {there[0] if there else 'text'} 1"
                 )
             others = set(self.kinds[of_kind].tolist()) - {None}
             if others:
@@ -221,8 +220,6 @@ class Mixture(Iterator[Row]):
         """The segment at `position` of a kind's endless stream of epochs."""
         segments = self.segments[kind]
         epoch, index = divmod(position, len(segments))
-        if index == 0 and epoch > 0:
-            _log.warning("mixture: all of %r is drawn; its epoch %d begins, documents repeat", kind, epoch + 1)
         return segments[int(self._order(kind, epoch)[index])]
 
     def _order(self, kind: str, epoch: int) -> np.ndarray:

@@ -92,6 +92,8 @@ def source_from_path(path: str, kind: str, licence: str, languages: tuple[str, .
     """A source of one kind from a path: a folder, file or glob; `.jsonl` (compressed or not) and `.parquet` are tables
     with a column `text`, or else `content`.
     """
+    if not path:
+        raise ValueError(f"--{kind}: takes folders, files and globs, got ''")
     plain = [part for part in Path(path).parts if not set(part) & set("*?[")]
     name = (plain[-1].split(".")[0] if plain else "") or kind
     common: dict[str, Any] = {"name": name, "kind": kind, "licence": licence, "origin": path}

@@ -41,13 +41,21 @@ class TokenStore:
 
         Raises:
             FileNotFoundError: there is no whole store.
+            ValueError: a file of it is damaged.
         """
         self.folder = Path(folder)
         needed = ["manifest.json", *SPLITS]
         missing = [name for name in needed if not (self.folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"{self.folder} is not a token store: it has no {', '.join(missing)}")
-        self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = self.folder / "manifest.json"
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+            lacking = [key for key in ("tokenizer", "sources") if key not in self.manifest]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{manifest} is damaged: {error}") from error
+        if lacking:
+            raise ValueError(f"{manifest} is damaged: it has no {' and no '.join(lacking)}")
         self.train, self.held_out = (
             Documents.open(sorted((self.folder / split).glob("[!.]*.arrow"))) for split in SPLITS
         )
@@ -104,7 +112,13 @@ class Documents:
     def open(cls, files: Sequence[Path]) -> "Documents":
         """The documents of some Arrow files, in order."""
         disable_progress_bars()
-        return cls(concatenate_datasets([Dataset.from_file(str(file)) for file in files]))
+        parts = []
+        for file in files:
+            try:
+                parts.append(Dataset.from_file(str(file)))
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{file} is damaged: {error}") from error
+        return cls(concatenate_datasets(parts))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -120,7 +120,7 @@ def load_tokenizer(folder: str | Path | None = None) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: there is no tokenizer to load.
-        ValueError: the tokenizer has no end-of-sequence token, which every document needs.
+        ValueError: it cannot be read, or has no end-of-sequence token, which every document needs.
     """
     if folder is None:
         return PreTrainedTokenizerFast(
@@ -138,7 +138,10 @@ def load_tokenizer(folder: str | Path | None = None) -> PreTrainedTokenizerBase:
             f"{folder} has a tokenizer.model but no tokenizer.json, and transformers builds wrong ids from that file "
             "alone; write one with lemur_fast.data.tokenizer.convert_sentencepiece(PATH).save(tokenizer.json)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # that of the library tokenizers is of no kind of its own
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {folder} has no eos_token; every document must end in one")
     return tokenizer

@@ -206,11 +206,13 @@ class Checkpoints:
         """`state.json` of the latest checkpoint that is whole, or None. All processes call it.
 
         Damaged ones are renamed to end in `.damaged`, with a message.
+
+        Raises:
+            ValueError: there are only damaged ones, whether this call or one before it has set them aside.
         """
         if self.world.is_main:
             for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed while it wrote
                 shutil.rmtree(left)
-        damaged = False
         for step in reversed(self.world.first(self.steps)):
             folder = self.path(step)
             reasons = self.world.everyone(damage(folder, self.world.rank, self.world.size))
@@ -222,8 +224,7 @@ class Checkpoints:
                 f"WARNING    {folder} is damaged: {reason}. Set aside as {aside.name}; the one before is tried"
             )
             self.world.first(functools.partial(_set_aside, folder, aside))
-            damaged = True
-        if damaged:
+        if self.world.first(lambda: any(self.folder.glob(f"{PREFIX}*.damaged"))):
             raise ValueError(
                 f"--resume: no checkpoint in {self.folder} is whole; they are set aside as *.damaged. Start a new run, "
                 "or go on from the model that was saved, with --model"

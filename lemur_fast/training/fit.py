@@ -1,6 +1,7 @@
 """The loop of the recipes: steps, measurements, checkpoints, and an orderly end."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,11 @@ def fit(
         figures = train_step(state.model, guard, batches, tags, world, num_items=supervised, **options)
         state.schedule.step()
         progress.done += 1
+        before = mixture.epochs(progress.trained)
         progress.trained = {kind: progress.trained[kind] + count for kind, count in mixture.tokens(rows).items()}
+        for kind, epochs in mixture.epochs(progress.trained).items():
+            if epochs > max(1, math.ceil(before[kind])):  # more than there is: some of it was read before
+                telemetry.warn(f"all of {kind} was read; its epoch {math.ceil(epochs)} begins, documents repeat")
         lengths = [segment.length for row in rows for segment in row]
         read = {f"data/{kind}_tokens": float(count) for kind, count in progress.trained.items()}
         names = functools.partial(loader.names, rows)

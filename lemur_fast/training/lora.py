@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lemur_fast.files import staged_folder
+from lemur_fast.training.saving import saved_folder
 
 _PREFIX = "base_model.model."  # of the model's parameters inside a PeftModel
 
@@ -86,6 +86,6 @@ def merge(config: LlamaConfig, lora: Any, state: Mapping[str, Tensor], folder: P
     model.load_state_dict(dict(state), assign=True)
     if config.tie_word_embeddings:
         model.get_base_model().tie_weights()
-    with staged_folder(folder, replace=True) as staging:
+    with saved_folder(folder) as staging:
         model.save_pretrained(staging, save_embedding_layers=False)  # where they are trained, they are adapters
     return dict(model.merge_and_unload().state_dict())

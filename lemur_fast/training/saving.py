@@ -1,18 +1,15 @@
 """Run folders, and models saved so that stock transformers loads them."""
 
-import fcntl
 import itertools
-import os
-import platform
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,10 +21,8 @@ from transformers import (
     pipeline,
 )
 
-from lemur_fast.files import staged_folder
-
-LOCK = ".lock"
-"""In a run's folder, held by the process that is at work there."""
+from lemur_fast.files import LOCK, claimed, staged_folder, write_json
+from lemur_fast.training.distributed import REFUSALS
 
 
 def run_folder(out: Path | None, default: str | Path, overwrite: bool = False, resume: bool = False) -> Path:
@@ -81,33 +76,37 @@ def _numbered(default: Path) -> dict[Path, int]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other processes from working in the folder of a run; what a killed one has left half written is deleted.
+def recorded(folder: Path, record: Mapping[str, Any]) -> Iterator[None]:
+    """Make a claimed folder a run's, by a run.json with `record`; one that is a run's already stays as it is.
 
-    The system itself gives the folder free when the process ends, however it does.
+    A run that is refused before it trains takes back what it has made: no later one shall go on from it.
+    """
+    if (folder / "run.json").exists():
+        yield
+        return
+    write_json(folder / "run.json", record)
+    try:
+        yield
+    except REFUSALS:
+        if {path.name for path in folder.iterdir()} <= {"run.json", "data", LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def saved_folder(folder: Path) -> Iterator[Path]:
+    """`staged_folder` in the place of an older one, for Hugging Face's libraries.
 
     Raises:
-        FileExistsError: another process is at work there.
+        OSError: it cannot be written, also where these call a full disk otherwise.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise FileExistsError(
-                f"{folder} is in use by {lock.read() or 'another run'}; choose another --out"
-            ) from None
-        except OSError as error:  # some cluster file systems have no locks
-            warnings.warn(f"{folder} cannot be locked ({error.strerror}): no second run may use it", stacklevel=2)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        for left in (*folder.glob(".*.partial*"), *folder.glob(".*.old")):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink()
-        yield
+    try:
+        with staged_folder(folder, replace=True) as staging:
+            yield staging
+    except Exception as error:
+        if type(error) not in (SafetensorError, Exception):  # the latter is that of tokenizers
+            raise
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def save_model(
@@ -128,7 +127,7 @@ def save_model(
     model.tie_weights()
     model.config.dtype = torch.float32
     model.generation_config = generation
-    with staged_folder(folder, replace=True) as staging:
+    with saved_folder(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 

@@ -1,6 +1,7 @@
 """Settings that all recipes which train share, and how they are refused; a recipe adds its own to them."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -93,7 +94,9 @@ class RunSettings:
         {"steps", "batch_tokens", "lr", "warmup_steps", "weight_decay", "betas", "clip", "spike", "dtype"}
     )
     """Of the others, those that --resume-changed may change; with another model or data it would be another run."""
-    ABOVE_ZERO: ClassVar[frozenset[str]] = frozenset({"steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep"})
+    ABOVE_ZERO: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "batch_tokens", "eval_tokens", "lr", "clip", "keep", "shard_size"}
+    )
     NOT_NEGATIVE: ClassVar[frozenset[str]] = frozenset(
         {"seed", "warmup_steps", "weight_decay", "eval_every", "sample_tokens", "checkpoint_every", "spike"}
     )
@@ -111,10 +114,16 @@ class RunSettings:
         """
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if name in self.ABOVE_ZERO and not value > 0:  # `not`: NaN is refused, too
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(name)} must be finite, got {value}")
+            if name in self.ABOVE_ZERO and value is not None and value <= 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {value}")
-            if name in self.NOT_NEGATIVE and not value >= 0:
+            if name in self.NOT_NEGATIVE and value < 0:
                 raise ValueError(f"{flag(name)} must not be negative, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must be in [0, 1), got {self.betas}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2^63, got {self.seed}")
         if self.seq_len < 2:
             raise ValueError(f"--seq-len must be at least 2, got {self.seq_len}")
         if self.batch_tokens % self.seq_len:
@@ -137,7 +146,8 @@ def check_mixture(mixture: dict[str, float]) -> None:
     """Refuse weights that are no shares.
 
     Raises:
-        ValueError: one is negative, or all are 0.
+        ValueError: one is negative or not finite, or all are 0.
     """
-    if mixture and (not min(mixture.values()) >= 0 or not max(mixture.values()) > 0):
-        raise ValueError(f"--mixture: weights must not be negative, nor all 0; got {mixture}")
+    weights = mixture.values()
+    if mixture and (not all(0 <= weight < math.inf for weight in weights) or not any(weights)):
+        raise ValueError(f"--mixture: weights must not be negative, nor all 0; they must be finite; got {mixture}")

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from lemur_fast.llama import accelerate
 from lemur_fast.training.activations import Mode, checkpoint_activations
@@ -107,10 +108,9 @@ def load_weights(model: Any, folder: Path, device: torch.device, new_tokens: Seq
 
     Raises:
         FileNotFoundError: there are no safetensors in `folder`.
-        ValueError: they are not of a model of this shape.
+        ValueError: they are damaged, or not of a model of this shape.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"no weights in {folder}: it has no *.safetensors")
+    check_weights(folder)
     model.to_empty(device=device)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config: LlamaConfig = base.config
@@ -142,6 +142,56 @@ def load_weights(model: Any, folder: Path, device: torch.device, new_tokens: Seq
             raise ValueError(f"{name} in {folder} has the shape {list(size)}, config.json asks for {list(shape)}")
     read = {name: values[0] for name, values in state.items() if new_tokens is None or name not in VOCABULARY}
     dcp.load(read, storage_reader=reader)
+
+
+def check_weights(folder: Path) -> None:
+    """Look at the header and size of every safetensors file in `folder`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no weights in {folder}: it has no *.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits that change with the weights in `folder`: names, sizes and samples of safetensors files.
+
+    The samples are 64 pieces of 64 KiB of each file, evenly spread: a small file is read whole, a large model in a
+    moment.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        size, piece = path.stat().st_size, 2**16
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(piece, size // 64)):
+                file.seek(start)
+                digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """The architecture of the model in `folder`.
+
+    Raises:
+        ValueError: its config.json cannot be read, or is that of another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except OSError as error:  # also where the file is there, but no JSON
+        raise ValueError(f"--model {folder}: {error}") from error
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(f"--model {folder} is a {config.model_type!r}; only LLaMA models are supported")
+    return config
 
 
 @torch.no_grad()

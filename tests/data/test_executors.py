@@ -10,6 +10,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from datatrove.executor import LocalPipelineExecutor
 
@@ -153,8 +154,11 @@ def test_killed_at_any_time_a_rerun_gives_the_same_store(tmp_path, files, tokeni
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+    assert children
+    assert not psutil.wait_procs(children, timeout=20)[1]  # nobody stays, to write there or to hold a lock
     assert not (folder / "work" / "read" / "00009").exists()
     (folder / "work" / "read" / ".00002.1.partial").mkdir(exist_ok=True)  # whatever it was writing
     run_local(corpus, workers=1, progress=False)

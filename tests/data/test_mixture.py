@@ -125,16 +125,6 @@ def test_epochs_are_counted_by_source(documents):
     assert min(of["epochs"] for of in read.values()) > 1.2
 
 
-def test_repeating_is_said_aloud(documents, caplog):
-    mixture = Mixture(documents, {"text": 1}, ROW, seed=0)
-    rows = int(mixture.segments["text"].length.sum() // ROW)
-    take(mixture, rows // 2)
-    assert not caplog.records
-    take(mixture, rows)
-    (record,) = caplog.records
-    assert "all of 'text' is drawn; its epoch 2 begins" in record.getMessage()
-
-
 def test_sources_are_weighed_by_name(documents):
     mixture = Mixture(documents, {"stack": 1, "text": 1}, ROW, seed=0)
     rows = take(mixture, 300)
@@ -155,6 +145,7 @@ def test_a_weight_of_zero_leaves_a_kind_out(documents):
         ({"code": 0}, "no kind has a weight above 0"),
         ({"code": 1, "text": -1}, "'text' must not be negative, got -1"),
         ({"code": 1, "prose": 1}, r"asks for 'prose'.*kinds in it: \['code', 'text'\]; sources: \['docs', 'stack'"),
+        ({"prose": 1}, r"name what is there, as in --mixture code 1"),
         ({"code": 1, "stack": 1}, "documents of 'stack' are weighed as 'code', too"),
     ],
 )

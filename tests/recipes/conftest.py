@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,14 @@ def make_store(folder: Path, modules: str, titles: slice) -> None:
 def micro(*arguments: Any) -> list[str]:
     """`arguments` after those of a run that is over in a moment; a model that is continued brings its own shape."""
     given = [str(argument) for argument in arguments]
-    return [*([] if {"--model", "smollm2-135m"} & set(given) else SHAPE), *MICRO, *given]
+    shape = [] if {"--model", "smollm2-135m"} & set(given) else SHAPE
+    return [*unless_given([*shape, *MICRO], given), *given]
+
+
+def unless_given(options: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """Of options with a value each, those that are not among `given`."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [word for name, value in pairs if name not in given for word in (name, value)]
 
 
 def run(pretrain: Any, *arguments: Any) -> int:

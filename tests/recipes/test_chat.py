@@ -1,8 +1,10 @@
 """recipes/chat.py and recipes/generate.py from end to end, with a model small enough to tune in seconds."""
 
 import contextlib
+import gzip
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from lemur_fast.training.fit import fit
 from lemur_fast.training.flops import model_flops
 from lemur_fast.training.interruption import Interruption
 from lemur_fast.training.saving import save_model
-from tests.recipes.conftest import RECIPES, RUN_FILES
+from tests.recipes.conftest import RECIPES, RUN_FILES, unless_given
 
 SETTINGS = ["--seq-len", "128", "--batch-tokens", "256", "--eval-tokens", "512", "--warmup-steps", "2", "--lr", "1e-2"]
 SETTINGS += ["--sample-tokens", "4", "--dtype", "float32", "--spike", "0", "--checkpoint-every", "0"]
@@ -63,7 +65,8 @@ def sources(tmp_path_factory):
 
 def run(chat, *arguments):
     with Interruption() as interruption:
-        return chat.chat(chat.parse([*SETTINGS, *map(str, arguments)]), interruption)
+        given = [str(argument) for argument in arguments]
+        return chat.chat(chat.parse([*unless_given(SETTINGS, given), *given]), interruption)
 
 
 def weights_of(folder):
@@ -289,6 +292,23 @@ def test_lora_on_tied_embeddings_without_chatml_is_refused(chat):
         chat.lora_config(4, 8, True, True)
 
 
+def test_adapters_are_not_resumed_on_other_weights(chat, base, sources, tmp_path, capsys):
+    model = shutil.copytree(base, tmp_path / "base")
+    given = ["--model", model, *sources, "--out", tmp_path / "run", "--lora-rank", 2, "--steps", 1]
+    assert run(chat, *given) == 0
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run(chat, *given, "--resume", "auto") == 2
+    assert "--resume: this is not the run that was stopped: --weights was " in capsys.readouterr().err
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    saved = json.loads(state.read_text())
+    del saved["settings"]["weights"]  # as runs were saved before
+    state.write_text(json.dumps(saved))
+    assert run(chat, *given, "--resume", "auto") == 0
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +321,7 @@ def test_lora_on_tied_embeddings_without_chatml_is_refused(chat):
         (["--mixture", "evol", "-1"], "--mixture: weights must not be negative"),
         (["--mixture", "poems", "1"], "the mixture asks for 'poems'"),
         (["--epochs", "0"], "--epochs must be above 0"),
+        (["--epochs", "inf"], "--epochs must be finite"),
         (["--batch-tokens", "100"], "--batch-tokens must be a multiple of --seq-len"),
         (["--seq-len", "256", "--batch-tokens", "256"], "--seq-len 256 is longer than the model allows: 128"),
         (["--overwrite"], "--overwrite needs --out"),
@@ -309,8 +330,20 @@ def test_lora_on_tied_embeddings_without_chatml_is_refused(chat):
 )
 def test_what_cannot_work_is_refused(chat, base, sources, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert run(chat, "--model", base, *sources, *arguments) == 2
+    given = [*unless_given(["--model", base], arguments), *([] if "--sources" in arguments else sources)]
+    assert run(chat, *given, *arguments) == 2
+    assert not (tmp_path / "runs" / "chat-tiny").exists()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["bad.jsonl.gz", "hf://no/such"])
+def test_conversations_that_cannot_be_read_are_refused(chat, base, tmp_path, monkeypatch, capsys, where):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
+    Path("bad.jsonl.gz").write_bytes(gzip.compress(b"{}" * 9)[:-9])
+    assert run(chat, "--model", base, "--sources", f"messages:{where}") == 2
+    assert f"source {where} cannot be read to its end: " in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_there_must_be_a_model_to_tune(chat, sources, tmp_path, monkeypatch, capsys):
@@ -342,6 +375,13 @@ def test_epochs_decide_the_steps(chat, base, sources, tuned, tmp_path):
     assert run(chat, "--model", base, "--data", tuned / "data", "--out", out, "--epochs", 0.5) == 0
     steps = json.loads((out / "run.json").read_text())["steps_done"]
     assert steps == -(-int(data.train.lengths.sum()) // 512)
+
+
+def test_sources_given_twice_are_refused(chat, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        chat.parse(["--sources", "evol:a.jsonl", "--sources", "evol:b.jsonl"])
+    assert leaving.value.code == 2
+    assert "Where it takes several values, they follow it: --sources A B" in capsys.readouterr().err
 
 
 def test_show_example_prints_and_leaves(chat, base, sources, tmp_path, monkeypatch, capsys):
@@ -490,12 +530,27 @@ def test_decoding_with_a_cache_keeps_the_fused_ops(generate, memorized):
         (["--prompt", " "], "--prompt must not be empty"),
         (["--temperature", "-1"], "--temperature must not be negative"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be above 0"),
+        (["--top-p", "2"], "--top-p must be in (0, 1], got 2.0"),
+        (["--temperature", "inf"], "--temperature must not be negative, and finite, got inf"),
+        (["--seed", str(2**63)], "--seed must be in [0, 2^63), got 9223372036854775808"),
     ],
 )
 def test_talking_to_nothing_is_refused(generate, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert generate.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_talked_to_is_refused(generate, memorized, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert generate.main([str(memorized), "--device", "cuda"]) == 2
+    assert "--device cuda: torch finds no CUDA GPU here" in capsys.readouterr().err
+    assert generate.main([str(memorized), "--prompt", os.fsdecode(b"caf\xe9")]) == 2
+    assert "generate: 'utf-8' codec can't decode byte 0xe9" in capsys.readouterr().err
+    weights = memorized / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert generate.main([str(memorized), "--prompt", "x"]) == 2
+    assert f"{weights} is damaged: " in capsys.readouterr().err
 
 
 def test_a_base_model_is_no_chat_model(generate, base, capsys):

@@ -11,6 +11,7 @@ import tyro
 
 from lemur_fast.data import pipeline
 from lemur_fast.data.store import TokenStore
+from lemur_fast.files import claimed
 from tests.recipes.conftest import RECIPES
 
 PROSE = "The lazy dog number {}, which had slept since noon, woke up and looked around for something good to eat.\n"
@@ -58,7 +59,7 @@ def test_a_corpus_from_folders_and_tables(run, tmp_path, capsys):
     store = TokenStore(tmp_path / "corpus")
     assert store.manifest["sources"]["src"]["documents"] == 13
     assert {path.name for path in (tmp_path / "corpus").iterdir()} == {
-        *("manifest.json", "summary.html", "documents", "train", "held_out", "tokenizer", "plan.json"),
+        *("manifest.json", "summary.html", "documents", "train", "held_out", "tokenizer", "plan.json", ".lock"),
     }
     assert run("--decontaminate", tmp_path / "quiz.txt", "--languages", "python", "--near-duplicates", "0.9") == 0
     assert "is finished already" in capsys.readouterr().out
@@ -84,6 +85,9 @@ def test_a_full_disk_is_told_and_the_same_command_continues(run, tmp_path, capsy
     assert re.search(r"No space left on device.*run the same command again to continue", capsys.readouterr().err)
     with pytest.raises(FileNotFoundError):
         TokenStore(tmp_path / "corpus")
+    with claimed(tmp_path / "corpus"):
+        assert run() == 2
+    assert "corpus is in use by process " in capsys.readouterr().err
     monkeypatch.setattr(pipeline.dedup, "band_keys", lambda _: pytest.fail("read again"))
     assert run() == 0
 
@@ -98,12 +102,28 @@ def test_a_full_disk_is_told_and_the_same_command_continues(run, tmp_path, capsy
         (["--languages", "klingon"], "unknown languages .'klingon'"),
         (["--tokenizer", "/nonexistent"], "no tokenizer in /nonexistent"),
         (["--executor", "slurm"], "there is no sbatch on this machine"),
+        (["--executor", "ray"], "--executor ray: the package ray is not installed"),
+        (["--workers", "-1"], "--workers must not be negative, got -1"),
+        (["--text", ""], "--text: takes folders, files and globs, got ''"),
     ],
 )
 def test_bad_settings_are_refused_by_name(run, capsys, monkeypatch, arguments, message):
     monkeypatch.setenv("PATH", "")
     assert run(*arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(run, capsys):
+    assert run(out="quiz.txt/corpus") == 2
+    assert "run the same command again" not in capsys.readouterr().err
+
+
+def test_text_given_twice_is_refused(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--text", "a", "--text", "b"])
+    with pytest.raises(SystemExit) as leaving:
+        recipe.main()
+    assert leaving.value.code == 2
+    assert "prepare_data: --text is given 2 times" in capsys.readouterr().err
 
 
 def test_help_teaches(recipe, capsys):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import resource
+import shutil
 import signal
 import time
 
@@ -124,7 +126,7 @@ def test_the_corpus_is_announced_with_source_and_licence(pretrain, data, tmp_pat
     assert "EVERY DOCUMENT" not in printed
 
 
-def test_repeating_the_data_is_said_aloud(pretrain, tmp_path, tokenizer_and_small_store, capsys):
+def test_repeating_the_data_is_said_aloud(pretrain, tmp_path, tokenizer_and_small_store, capsys, caplog):
     store = tokenizer_and_small_store
     assert run(pretrain, "--out", tmp_path / "run", "--data", store, "--steps", 6, "--sample-tokens", 0) == 0
     printed = capsys.readouterr().out
@@ -133,6 +135,9 @@ def test_repeating_the_data_is_said_aloud(pretrain, tmp_path, tokenizer_and_smal
     epochs = 6 * 1024 * 10 / 11 / code
     assert epochs > 1.5
     assert f"code 90.9% of the tokens, {epochs:.2f} epochs; EVERY DOCUMENT IS READ {epochs:.1f} TIMES" in printed
+    assert printed.count("WARNING    all of code was read; its epoch 2 begins, documents repeat") == 1
+    assert run(pretrain, "--out", tmp_path / "one", "--data", store, "--steps", 1, "--sample-tokens", 0) == 0
+    assert "documents repeat" not in capsys.readouterr().out + caplog.text  # though all of it is drawn, ahead
 
 
 @pytest.fixture
@@ -240,6 +245,13 @@ REFUSED = {
     "batch not a multiple": (["--batch-tokens", "1000"], r"must be a multiple of --seq-len \(256\), got 1000"),
     "seq_len": (["--seq-len", "1"], "--seq-len must be at least 2"),
     "lr": (["--lr", "-1"], "--lr must be above 0"),
+    "lr that is infinite": (["--lr", "inf"], "--lr must be finite, got inf"),
+    "lr that is no number": (["--lr", "nan"], "--lr must be finite, got nan"),
+    "betas": (["--betas", "0.9", "1.5"], r"--betas must be in \[0, 1\), got \(0.9, 1.5\)"),
+    "seed": (["--seed", str(2**63)], r"--seed must be below 2\^63, got 9223372036854775808"),
+    "shard_size": (["--shard-size", "0"], "--shard-size must be above 0, got 0"),
+    "negative shard_size": (["--shard-size", "-1"], "--shard-size must be above 0, got -1"),
+    "mixture that is infinite": (["--mixture", "code", "inf"], "--mixture: .*they must be finite"),
     "heads": (["--heads", "3"], "a head's size must be an even number"),
     "kv_heads": (["--heads", "4", "--kv-heads", "3"], "--heads a multiple of --kv-heads"),
     "held_out": (["--held-out", "1.0"], r"held_out must be in \[0, 1\), got 1.0"),
@@ -262,7 +274,28 @@ def test_bad_settings_are_refused_by_name(pretrain, tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert run(pretrain, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert not list(tmp_path.glob("runs/*/model"))
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_what_was_refused_is_not_gone_on_with(pretrain, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "pretrain-tiny").mkdir(parents=True)
+    finished = tmp_path / "runs" / "pretrain-tiny" / "run.json"
+    finished.touch()
+    typo = ("--data", data, "--mixture", "prose", 1)
+    assert run(pretrain, *typo) == 2
+    assert list((tmp_path / "runs").iterdir()) == [finished.parent]
+    assert run(pretrain, *typo, "--out", "x") == 2
+    assert "asks for 'prose'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("again", [["--data", "a", "--data=b"], ["--held-out", ".1", "--held_out", ".2"]])
+def test_an_option_given_twice_is_refused(pretrain, again, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        pretrain.parse(again)
+    assert leaving.value.code == 2
+    assert f"{again[0]} is given 2 times; give it once" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(pretrain, tmp_path, capsys, monkeypatch):
@@ -284,8 +317,6 @@ def test_an_empty_corpus_is_refused(pretrain, tmp_path, capsys, monkeypatch):
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(pretrain, finished, tmp_path, capsys):
-    import shutil
-
     folder = shutil.copytree(finished[0] / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 31000}))
@@ -294,6 +325,49 @@ def test_a_vocabulary_that_does_not_fit_is_refused(pretrain, finished, tmp_path,
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     assert run(pretrain, "--model", folder, "--out", tmp_path / "run") == 2
     assert "only LLaMA models are supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "content", "message"),
+    [
+        ("--model", "model.safetensors", lambda whole: whole[:-9], "model.safetensors is damaged: "),
+        ("--model", "model.safetensors", lambda _: b"garbage!" * 9, "model.safetensors is damaged: "),
+        ("--model", "config.json", lambda _: b"{", "config.json' is not a valid JSON file"),
+        ("--data", "manifest.json", lambda _: b"{}", "manifest.json is damaged: it has no tokenizer and no sources"),
+        ("--data", "manifest.json", lambda _: b"{", "manifest.json is damaged: "),
+        ("--data", "train/00000.arrow", lambda whole: whole[: len(whole) // 2], "train/00000.arrow is damaged: "),
+        ("--data", "train/00000.arrow", lambda _: b"", "train/00000.arrow is damaged: "),
+    ],
+)
+def test_damaged_files_are_named(pretrain, finished, data, tmp_path, capsys, option, file, content, message):
+    given = {"--model": shutil.copytree(finished[0] / "model", tmp_path / "model"), "--data": data}
+    if option == "--data":
+        given["--data"] = shutil.copytree(data, tmp_path / "data")
+    path = given[option] / file
+    path.write_bytes(content(path.read_bytes()))
+    assert run(pretrain, *(word for pair in given.items() for word in pair), "--out", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_when_the_model_is_saved_is_told(pretrain, small_store, tmp_path, capsys, monkeypatch):
+    """The system refuses to let a file grow; neither safetensors nor tokenizers call that an OSError."""
+    real, old = pretrain.save_model, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def while_full(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, old[1]))
+        try:
+            return real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    monkeypatch.setattr(pretrain, "save_model", while_full)
+    arguments = ("--data", small_store, "--steps", 1, "--layers", 1, "--hidden-size", 2, "--heads", 1)
+    for room in (100_000, 1_000_000):  # for neither weights nor tokenizer; for the weights
+        assert run(pretrain, *arguments, "--out", tmp_path / str(room)) == 1
+        assert re.search(
+            r"model cannot be written: .*os error 27\S*\. Go on .*--resume auto$", capsys.readouterr().err.strip()
+        )
 
 
 def test_runs_of_a_newcomer_are_numbered(pretrain, data, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from lemur_fast.training.saving import claimed
-from tests.recipes.conftest import launch, make_store, metrics, run
+from lemur_fast.files import claimed
+from tests.recipes.conftest import launch, make_store, metrics, run, unless_given
 
 STEPS = 9
 COMMON = ("--steps", STEPS, "--checkpoint-every", 3, "--eval-every", 5, "--sample-tokens", 0)
@@ -226,7 +226,7 @@ def test_a_finished_run_has_nothing_left_to_do(pretrain, tmp_path, small_store, 
 def test_another_run_is_not_resumed(pretrain, tmp_path, small_store, whole, capsys, changes, message):
     folder = until_step(tmp_path, whole, STEPS)
     before = (folder / "metrics.jsonl").read_text()
-    arguments = (*COMMON, "--out", folder, "--data", small_store, "--resume", "auto", *changes)
+    arguments = (*unless_given(COMMON, changes), "--out", folder, "--data", small_store, "--resume", "auto", *changes)
     assert run(pretrain, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
     assert (folder / "metrics.jsonl").read_text() == before

@@ -193,8 +193,10 @@ def test_without_a_whole_one_there_is_nothing_to_resume(start):
     run = start()
     assert run.checkpoints.latest() is None
     truncate(run.train(1).save())
-    with pytest.raises(ValueError, match=r"--resume: no checkpoint in .* is whole; they are set aside as \*\.damaged"):
-        run.checkpoints.latest()
+    message = r"--resume: no checkpoint in .* is whole; they are set aside as \*\.damaged"
+    for _ in range(2):  # the second time they are aside already
+        with pytest.raises(ValueError, match=message):
+            run.checkpoints.latest()
 
 
 @contextlib.contextmanager

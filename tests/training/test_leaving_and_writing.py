@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lemur_fast.data.tokenizer import load_tokenizer
-from lemur_fast.files import staged_file, staged_folder, write_json
+from lemur_fast.files import claimed, staged_file, staged_folder, write_json
 from lemur_fast.training.interruption import Interrupted, Interruption
 from lemur_fast.training.metrics import MetricsLog, peak_memory_gib, plot_losses
-from lemur_fast.training.saving import claimed, run_folder, save_model
+from lemur_fast.training.saving import recorded, run_folder, save_model
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
@@ -67,6 +67,21 @@ def test_the_latest_run_is_told_by_its_number(tmp_path):
     assert run_folder(None, tmp_path / "tiny", resume=True) == tmp_path / "tiny-10"
     assert run_folder(tmp_path / "tiny2", tmp_path / "tiny", resume=True) == tmp_path / "tiny2"
     assert run_folder(None, tmp_path / "other", resume=True) == tmp_path / "other"
+
+
+def test_a_run_that_is_refused_leaves_nothing_to_go_on_from(tmp_path):
+    def refused(folder, error, made=()):
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(type(error)), claimed(folder), recorded(folder, {"recipe": "x"}):
+            for name in ("data", *made):
+                (folder / name).mkdir(exist_ok=True)
+            raise error
+        return folder.exists()
+
+    assert not refused(tmp_path / "typo", FileNotFoundError("--data"))
+    assert refused(tmp_path / "trained", ValueError("late"), made=["checkpoints"])
+    assert refused(tmp_path / "full disk", OSError("full"))  # its data are gone on with
+    assert refused(tmp_path / "full disk", ValueError("--data"))  # by another command
 
 
 def test_a_folder_is_one_process_s_until_that_is_gone(tmp_path):

@@ -84,32 +84,41 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _records(where: str) -> Iterator[Any]:
-    if where.startswith(_HUB):
+    places = [where] if where.startswith(_HUB) else files_of(Path(where))
+    for place in places:
+        try:
+            yield from _records_of_hub(place) if isinstance(place, str) else _records_of_file(place)
+        except Exception as error:  # of many kinds: no network, no such data set, a file that ends too early
+            raise ValueError(f"source {place} cannot be read to its end: {error}") from error
+
+
+def _records_of_hub(where: str) -> Iterator[Any]:
+    import datasets
+
+    name, _, split = where.removeprefix(_HUB).partition(":")
+    yield from datasets.load_dataset(name, split=split or "train", streaming=True)
+
+
+def _records_of_file(path: Path) -> Iterator[Any]:
+    if path.is_dir():
         import datasets
 
-        name, _, split = where.removeprefix(_HUB).partition(":")
-        yield from datasets.load_dataset(name, split=split or "train", streaming=True)
-        return
-    for path in files_of(Path(where)):
-        if path.is_dir():
-            import datasets
+        yield from datasets.load_from_disk(str(path))
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet
 
-            yield from datasets.load_from_disk(str(path))
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(1024):
-                    yield from batch.to_pylist()
-        else:
-            with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as lines:
-                if ".jsonl" in path.suffixes:
-                    yield from (_parsed(line) for line in lines if line.strip())
-                else:
-                    content = json.load(lines)
-                    if not isinstance(content, list):
-                        raise ValueError(f"{path}: takes a list of records; one a line is called .jsonl")
-                    yield from content
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    else:
+        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as lines:
+            if ".jsonl" in path.suffixes:
+                yield from (_parsed(line) for line in lines if line.strip())
+            else:
+                content = json.load(lines)
+                if not isinstance(content, list):
+                    raise ValueError("takes a list of records; one a line is called .jsonl")
+                yield from content
 
 
 def _parsed(line: bytes) -> Any:
