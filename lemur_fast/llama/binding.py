@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 
 # Hooks that do not look at what passes through, or not unless a call asks for it: they take any layout.
 _BLIND_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing")
+
+_TORCH_COMPILE = str(Path(torch.__file__).parent / "_dynamo")
 
 
 class Forward:
@@ -111,12 +114,15 @@ def _is_wrapped(module: nn.Module) -> bool:
     forward = own_forward(module)
     if forward is None or isinstance(forward, Forward):
         return False
-    # torch.compile's wrapper around a module changes nothing for who looks from outside.
-    return type(module).__module__ != "torch._dynamo.eval_frame"
+    # What torch.compile puts there changes nothing for who looks from outside. Its attributes do not tell it: wrappers
+    # around it copy them.
+    code = getattr(forward, "__code__", None)
+    return code is None or not code.co_filename.startswith(_TORCH_COMPILE)
 
 
 def describe(thing: Any) -> str:
     """The full name of a class or function."""
     if thing is None:
         return "nothing (it was deleted)"
-    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    named = thing if hasattr(thing, "__qualname__") else type(thing)  # a partial has the module of what it wraps
+    return f"{named.__module__}.{named.__qualname__}"

@@ -4,7 +4,7 @@ A call of the model says where documents end in one of these ways; the first one
 
 1. ``cu_seqlens`` beside ``input_ids [1, T]``;
 2. ``cu_seq_lens_q``, Hugging Face's name for the same;
-3. ``seq_idx [B, T]``, the number of every token's document;
+3. ``seq_idx [B, T]``, the number of every token's document; beside an ``attention_mask [B, T]`` that of every real one;
 4. ``attention_mask [B, T]``: each row's real tokens are a document, or several where their ``position_ids`` go back;
 5. ``position_ids [B, T]``: a document ends wherever they do not grow by one, which is Hugging Face's own rule;
 6. nothing: each row is a document.
@@ -99,13 +99,15 @@ def find_documents(
             position_ids = positions_in_documents(cu_seqlens, tokens)[None]
         return Documents(batch_shape, cu_seqlens, position_ids, None, True)
 
-    if attention_mask is not None and attention_mask.dim() == 2:
-        _check_rows("attention_mask", attention_mask, (batch, tokens), device)
-        return _find_in_padded(batch_shape, attention_mask != 0, position_ids)
-
     if seq_idx is not None:
         _check_rows("seq_idx", seq_idx, (batch, tokens), device, may_broadcast=True)
-        breaks = seq_idx.expand(batch, tokens).diff() != 0
+        seq_idx = seq_idx.expand(batch, tokens)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        _check_rows("attention_mask", attention_mask, (batch, tokens), device)
+        return _find_in_padded(batch_shape, attention_mask != 0, position_ids, seq_idx)
+
+    if seq_idx is not None:
+        breaks = seq_idx.diff() != 0
     elif position_ids is not None:
         breaks = position_ids.diff() != 1
     else:
@@ -149,7 +151,9 @@ def targets_within_documents(labels: Tensor, documents: Documents, ignore_index:
     return targets.masked_fill(torch.arange(tokens, device=targets.device) >= bounds[-1], ignore_index)
 
 
-def _find_in_padded(batch_shape: tuple[int, int], real: Tensor, position_ids: Tensor | None) -> Documents:
+def _find_in_padded(
+    batch_shape: tuple[int, int], real: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None
+) -> Documents:
     batch, tokens = batch_shape
     flat = real.flatten()
     if torch.compiler.is_compiling():
@@ -158,15 +162,18 @@ def _find_in_padded(batch_shape: tuple[int, int], real: Tensor, position_ids: Te
         rows = flat.nonzero().flatten()
     positions = _row_positions(batch_shape, real.device) if position_ids is None else position_ids
     positions = positions.flatten().index_select(0, rows)
-    if position_ids is None:
+    if position_ids is None and seq_idx is None:
         bounds = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
         split_rows = False
     else:
         # Unlike without a mask, positions may jump forward: over the tokens that the mask leaves out.
         row = rows // max(tokens, 1)
-        starts = F.pad((row.diff() != 0) | (positions.diff() <= 0), (1, 0), value=True)[: rows.numel()]
+        breaks = positions.diff() <= 0 if seq_idx is None else seq_idx.flatten().index_select(0, rows).diff() != 0
+        starts = F.pad((row.diff() != 0) | breaks, (1, 0), value=True)[: rows.numel()]
         bounds = _bounds(starts, flat.sum() if torch.compiler.is_compiling() else rows.numel())
         split_rows = torch.compiler.is_compiling() or bounds.numel() - 1 > batch
+        if position_ids is None:
+            positions = positions_in_documents(bounds, rows.numel())
     if not torch.compiler.is_compiling() and rows.numel() == batch * tokens:
         return Documents(batch_shape, bounds, positions.view(batch_shape), None, split_rows)
     return Documents(batch_shape, bounds, positions[None], rows, split_rows)

@@ -361,6 +361,7 @@ def model_forward(
         if hands_on:
             hidden_states, residual = layer(hidden_states, residual, fused=True, hands_on=True, **arguments)
         else:
+            # A forward that someone put there does not know the word.
             hidden_states = layer(hidden_states, **({"fused": True} if fused else {}), **arguments)
     if residual is None:
         hidden_states = self.norm(hidden_states)

@@ -49,7 +49,7 @@ def attend(
 
     Raises:
         ValueError: dropout, or another argument that `ops.attention` does not have; a layer that attends in chunks;
-            documents beside a KV cache.
+            documents beside a KV cache that holds other tokens.
     """
     if dropout:
         raise ValueError(f"dropout: got {dropout}; the attention of lemur_fast has none")
@@ -64,16 +64,18 @@ def attend(
             "finds out itself what a token may see"
         )
     batch, _, tokens, _ = query.shape
+    slots = key.shape[2]
     if attention_mask is not None:  # a static cache is longer than what fills it
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     keys = key.shape[2]
+    causal = module.is_causal if is_causal is None else is_causal
     stated = {
         "cu_seqlens": cu_seqlens,
         "cu_seq_lens_q": cu_seq_lens_q,
         "cu_seq_lens_k": cu_seq_lens_k,
         "seq_idx": seq_idx,
     }
-    if tokens == keys:
+    if tokens == slots:
         documents = key_documents = find_documents(
             (batch, tokens), query.device, attention_mask=attention_mask, position_ids=position_ids, **stated
         )
@@ -81,11 +83,14 @@ def attend(
         for name, bounds in stated.items():
             if bounds is not None:
                 raise ValueError(f"{name}: got documents beside a KV cache; pass use_cache=False and no cache")
-        mask = attention_mask
+        real = attention_mask if causal else None
         documents = find_documents(
-            (batch, tokens), query.device, attention_mask=None if mask is None else mask[:, -tokens:]
+            (batch, tokens), query.device, attention_mask=None if real is None else real[:, -tokens:]
         )
-        key_documents = find_documents((batch, keys), query.device, attention_mask=mask)
+        key_documents = find_documents((batch, keys), query.device, attention_mask=attention_mask)
+    if attention_mask is not None and not causal and not documents.split_rows:
+        # Of the keys, which may be those of an encoder: every query has a result.
+        documents = find_documents((batch, tokens), query.device)
     q, k, v = (
         which.take(x.transpose(1, 2)) for which, x in ((documents, query), (key_documents, key), (key_documents, value))
     )
@@ -95,7 +100,7 @@ def attend(
         v,
         documents.cu_seqlens,
         None if key_documents is documents else key_documents.cu_seqlens,
-        causal=module.is_causal if is_causal is None else is_causal,
+        causal=causal,
         window=sliding_window,
         softcap=softcap,
         scale=scaling,
@@ -119,11 +124,16 @@ def mask_of_keys(
 
     Returns:
         ``[B, S]``, or None where every one of the `kv_length` keys is a real token.
+
+    Raises:
+        ValueError: the model adds something to its causal mask, such as tokens of an image that see one another.
     """
+    if kwargs.get("use_vmap") or getattr(mask_function, "__qualname__", "").startswith("or_masks."):
+        raise ValueError("mask_function: got more than a causal mask, which the attention of lemur_fast does not have")
     mask = flash_attention_mask(batch_size, q_length, kv_length, attention_mask=attention_mask)
     if mask is not None or mask_function is bidirectional_mask_function:
         return mask
-    # The offset of a static cache is a tensor.
+    # int(), because the offset of a static cache is a tensor: a device sync, and a break in torch.compile's graph.
     seen = int(q_offset + q_length - kv_offset) if attention_mask is None else attention_mask.shape[1]
     if seen >= kv_length:
         return None

@@ -95,6 +95,30 @@ def test_rows_that_hold_several_documents_beside_padding(side: str) -> None:
     assert_same(loss_and_gradients(ours, **batch), separate_documents(stock, documents()))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("how", ["accelerate", "attention alone"])
+def test_numbers_of_documents_beside_padding(how: str, side: str) -> None:
+    docs = documents((7, 3, 5, 4))
+    rows = padded([torch.cat(docs[:2]), torch.cat(docs[2:]), docs[0]], side)
+    numbers = torch.zeros_like(rows["input_ids"])
+    for row, lengths in zip(numbers, ((7, 3), (5, 4), (7,)), strict=True):
+        start = 0 if side == "right" else len(row) - sum(lengths)
+        for number, length in enumerate(lengths):
+            row[start : start + length] = number
+            start += length
+    labels = rows["labels"].masked_fill(rows["attention_mask"] == 0, -100)
+    labels[:, 1:].masked_fill_(numbers.diff() != 0, -100)
+    labels[:, 0] = -100
+    if side == "left":  # stock trains on a row's first token
+        labels[:, 1:].masked_fill_(rows["attention_mask"].diff() > 0, -100)
+    if how == "accelerate":
+        model, _ = pair()
+    else:
+        model = tiny_llama(attn_implementation="lemur_fast")
+    batch = rows | {"labels": labels, "seq_idx": numbers, "use_cache": False}
+    assert_same(loss_and_gradients(model, **batch), separate_documents(tiny_llama(), [*docs, docs[0]]))
+
+
 def test_tokens_past_the_last_bound_are_a_tail() -> None:
     ours, stock = pair()
     docs = documents()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorWithFlattening,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask
 
 from lemur_fast.llama import accelerate
+from lemur_fast.llama.binding import CACHE
 from tests.llama.tiny import (
     VOCAB,
     assert_near,
@@ -103,6 +107,34 @@ def test_generation_over_a_sliding_window(cache: str, tokens: int) -> None:
     ids = torch.randint(1, VOCAB, (2, tokens))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
     assert torch.equal(*(mistral(name).generate(ids, **options) for name in ("lemur_fast", "eager")))
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 11])
+def test_another_models_padding_is_no_padding_of_the_queries(tokens: int) -> None:
+    """Cross-attention: the mask is that of the encoder's tokens, which are eight."""
+    outputs = []
+    for name in ("lemur_fast", "eager"):
+        torch.manual_seed(0)
+        sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+        sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+        sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64)
+        config = BartConfig(
+            vocab_size=VOCAB, d_model=64, max_position_embeddings=32, init_std=0.2, attn_implementation=name, **sizes
+        )
+        model = BartForConditionalGeneration(config).eval()
+        mask = torch.ones(2, 8).long()
+        mask[1, 5:] = 0
+        ids, target = torch.arange(5, 21).view(2, 8), torch.arange(5, 5 + 2 * tokens).view(2, tokens)
+        outputs.append(model(ids, attention_mask=mask, decoder_input_ids=target).logits)
+    assert_near(*outputs)
+
+
+def test_more_than_a_causal_mask_is_refused() -> None:
+    model = tiny_llama(attn_implementation="lemur_fast")
+    arguments = {"config": model.config, "inputs_embeds": torch.zeros(1, 4, 64), "attention_mask": None, CACHE: None}
+    for custom in ("or_mask_function", "and_mask_function"):
+        with pytest.raises(ValueError, match="mask_function: got more than a causal mask"):
+            create_causal_mask(**arguments, **{custom: lambda batch, head, query, key: query >= 0})
 
 
 def test_attention_in_chunks_is_refused() -> None:

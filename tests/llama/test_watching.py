@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -177,13 +178,29 @@ def test_a_forward_that_someone_wraps_later_sees_what_stock_shows(place: str) ->
     assert shown[0] == shown[1]
 
 
-def test_a_layer_that_was_compiled_alone_is_not_watched(layouts: list[bool]) -> None:
+@pytest.mark.parametrize("what", ["layer", "forward"])
+def test_a_layer_that_was_compiled_alone_is_not_watched(what: str) -> None:
+    """But who wraps what torch.compile put there is, though functools.wraps copies its attributes."""
     ours, _ = pair()
-    for number, layer in enumerate(ours.model.layers):
-        ours.model.layers[number] = torch.compile(layer, backend="eager")
+    layers = ours.model.layers
+    if what == "layer":
+        layers[0] = torch.compile(layers[0], backend="eager")
+    else:
+        layers[0].forward = torch.compile(layers[0].forward, backend="eager")
     ids = torch.randint(1, VOCAB, (2, 9))
     ours(ids, labels=ids)
     assert not forwards._is_watched_inside(ours.model)
+    inner, shapes = layers[0].forward, []
+
+    @functools.wraps(inner)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        shapes.extend(x.shape for x in comparable(out))
+        return out
+
+    layers[0].forward = wrapped
+    ours(ids, labels=ids)
+    assert shapes == [(2, 9, 64)]
 
 
 def test_global_hooks_see_what_stock_shows(layouts: list[bool]) -> None:
